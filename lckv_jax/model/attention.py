@@ -1,0 +1,110 @@
+"""Masks, rotary embedding, and one `attend` in front of every kernel."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lckv_jax.config import RopeScaling
+from lckv_jax.errors import UserError
+
+
+def wider(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or `dtype` if that is wider: where norms, softmax, rotary tables and logits are computed."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: jnp.dtype) -> jax.Array:
+    """Radians a position for each rotated pair, [H/2], in `dtype` (2104.09864; scaling as in Hugging Face's llama)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.type == "linear":
+        return frequencies / scaling.factor
+    # llama3: long wavelengths are stretched by the factor, short ones kept, those between blended
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return frequencies * (blend + (1.0 - blend) / scaling.factor)
+
+
+def rope_tables(positions_BT: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos, sin, each [B, T, 1, H/2], of the angles at the given positions."""
+    angles = positions_BT[:, :, None, None].astype(frequencies.dtype) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x with each pair (i, i + H/2) rotated: halves, not interleaved pairs."""
+    low, high = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+def readable(
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    q_seg_BT: jax.Array | None,
+    k_seg_BS: jax.Array | None,
+    *,
+    strict: bool,
+    window: int | None,
+) -> jax.Array:
+    """Which keys each query may read, boolean [B, T, S].
+
+    Earlier positions of its own segment and, unless strict, its own; with a window w only the last w positions, itself
+    included, so that a strict query reads w - 1. A key at position -1 is an empty cell.
+    """
+    q_pos, k_pos = q_pos_BT[:, :, None], k_pos_BS[:, None, :]
+    mask = (k_pos >= 0) & (k_pos < q_pos if strict else k_pos <= q_pos)
+    if window is not None:
+        mask &= k_pos > q_pos - window
+    if q_seg_BT is not None and k_seg_BS is not None:
+        mask &= q_seg_BT[:, :, None] == k_seg_BS[:, None, :]
+    return mask
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_pos_BT: jax.Array,
+    k_pos_BS: jax.Array,
+    q_seg_BT: jax.Array | None = None,
+    k_seg_BS: jax.Array | None = None,
+    strict: bool,
+    window: int | None = None,
+    backend: str = "xla",
+) -> jax.Array:
+    """Softmax attention of grouped query heads, [B, T, N, H] in the dtype of q.
+
+    N is a multiple of K: query heads nG..nG+G-1 read K/V head n. Who may read what: see `readable`. A query with
+    nothing to read gets exactly zeros. Softmax in float32 or wider.
+    Raises UserError for an unknown backend.
+    """
+    if backend != "xla":
+        raise UserError(f"attention: there is no backend {backend!r}; use xla")
+    if (q_seg_BT is None) != (k_seg_BS is None):
+        raise ValueError("give segments for both queries and keys, or for neither")
+    mask_BTS = readable(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, strict=strict, window=window)
+    return _attend_xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def _attend_xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """The reference: all logits at once."""
+    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    wide = wider(q_BTNH.dtype)
+    q = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BSKH, preferred_element_type=wide)
+    mask = mask_BTS[:, None, None]
+    logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
+    total = weights.sum(axis=-1)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=wide)
+    total = jnp.where(total == 0.0, 1.0, total)  # nothing to read: zeros over one
+    out = out / jnp.einsum("BKGT->BTKG", total)[..., None]
+    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)

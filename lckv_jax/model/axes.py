@@ -1,0 +1,39 @@
+"""One table: array dimension -> mesh axis, for parameters and for activations."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+_AXES: dict[str, tuple[str | tuple[str, ...] | None, str | tuple[str, ...] | None]] = {
+    # dim: (parameters, activations)
+    "B": (None, ("data", "fsdp")),
+    "T": (None, None),
+    "D": ("fsdp", None),
+    "V": ("tensor", "tensor"),
+    "N": ("tensor", "tensor"),
+    "K": ("tensor", "tensor"),
+    "F": ("tensor", "tensor"),
+    "L": (None, None),
+    "C": (None, None),
+    "H": (None, None),
+}
+
+
+def parameter_spec(dims: str, whole: str = "") -> PartitionSpec:
+    """How a parameter of dims such as "LDNH" lies on the mesh; the dims in `whole` are not split."""
+    return PartitionSpec(*(None if dim in whole else _AXES[dim][0] for dim in dims))
+
+
+def activation_spec(dims: str) -> PartitionSpec:
+    """How an activation of dims such as "BTD" lies on the mesh."""
+    return PartitionSpec(*(_AXES[dim][1] for dim in dims))
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """x, laid out by the table on the mesh in scope; x itself where no mesh is in scope."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(dims))

@@ -1,0 +1,159 @@
+"""Norm, MLP, one layer, one run of layers, and the K/V projection of an owner."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lckv_jax.config import ModelConfig
+from lckv_jax.model.attention import attend, rope_frequencies, rope_tables, rotate, wider
+from lckv_jax.model.axes import constrain
+from lckv_jax.sharing import Run
+
+Params = dict[str, Any]
+
+
+class KV(NamedTuple):
+    """Keys (rotated at their own positions) and values of one slot."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
+class Context(NamedTuple):
+    """What every layer needs to know of the tokens: positions (-1 = padding), segments, rotary tables."""
+
+    pos_BT: jax.Array
+    seg_BT: jax.Array | None
+    cos: jax.Array
+    sin: jax.Array
+
+
+class Stack(NamedTuple):
+    """The parameters of one run in the compute dtype, arrays [layers of the run, ...]; kv: those that owners need for
+    their K,V."""
+
+    layers: Params
+    kv: Params | None
+
+
+def make_context(config: ModelConfig, pos_BT: jax.Array, seg_BT: jax.Array | None) -> Context:
+    """The context of tokens at the given positions, with rotary tables in float32 or the wider compute dtype."""
+    dtype = wider(jnp.dtype(config.dtype))
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, dtype)
+    return Context(pos_BT, seg_BT, *rope_tables(pos_BT, frequencies))
+
+
+def take_stack(params: Params, config: ModelConfig, run: Run) -> Stack:
+    """The run's slice of the stacked parameters, matrices cast to the compute dtype."""
+
+    def slices(group: Params, start: int, stop: int) -> Params:
+        return {
+            name: x[start:stop] if name.endswith("norm") else x[start:stop].astype(config.dtype)
+            for name, x in group.items()
+        }
+
+    kv = None
+    if run.owners:
+        slot = config.sharing.owners.index(run.start)
+        kv = slices(params["kv"], slot, slot + run.stop - run.start)
+        kv["attn_norm"] = params["layers"]["attn_norm"][run.start : run.stop]
+    return Stack(slices(params["layers"], run.start, run.stop), kv)
+
+
+def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight (1910.07467), computed in float32 or wider, returned in x's dtype."""
+    x = x_BTD.astype(wider(x_BTD.dtype))
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return (x * weight_D[None, None, :].astype(x.dtype)).astype(x_BTD.dtype)
+
+
+def project_kv(config: ModelConfig, p: Params, x_BTD: jax.Array, context: Context) -> KV:
+    """The K,V that an owner computes from its input: attn_norm, projections, rotary embedding of the keys.
+
+    p: attn_norm [D], wk and wv [D, K, H], and bk and bv [K, H] where the model has attention biases.
+    """
+    h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
+    k = jnp.einsum("BTD,DKH->BTKH", h, p["wk"])
+    v = jnp.einsum("BTD,DKH->BTKH", h, p["wv"])
+    if config.attention_bias:
+        k, v = k + p["bk"][None, None], v + p["bv"][None, None]
+    return KV(rotate(k, context.cos, context.sin), v)
+
+
+def attention(
+    config: ModelConfig, p: Params, x_BTD: jax.Array, kv: KV | None, context: Context, *, strict: bool, windowed: bool
+) -> jax.Array:
+    """The attention half of a layer, [B, T, D], without the residual. kv None: there is nothing to read, so zeros
+    enter wo and only its bias comes out."""
+    if kv is None:
+        return jnp.broadcast_to(p["bo"][None, None], x_BTD.shape) if config.attention_bias else jnp.zeros_like(x_BTD)
+    h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
+    q = jnp.einsum("BTD,DNH->BTNH", h, p["wq"])
+    if config.attention_bias:
+        q = q + p["bq"][None, None]
+    out = attend(
+        rotate(q, context.cos, context.sin),
+        *kv,
+        q_pos_BT=context.pos_BT,
+        k_pos_BS=context.pos_BT,
+        q_seg_BT=context.seg_BT,
+        k_seg_BS=context.seg_BT,
+        strict=strict,
+        window=config.window if windowed else None,
+        backend=config.attention,
+    )
+    out = jnp.einsum("BTNH,NHD->BTD", out, p["wo"])
+    return out + p["bo"][None, None] if config.attention_bias else out
+
+
+def mlp(config: ModelConfig, p: Params, x_BTD: jax.Array) -> jax.Array:
+    """The SwiGLU half of a layer (2002.05202), [B, T, D], without the residual."""
+    h = rms_norm(x_BTD, p["mlp_norm"], config.norm_eps)
+    gate = jnp.einsum("BTD,DF->BTF", h, p["gate"])
+    up = jnp.einsum("BTD,DF->BTF", h, p["up"])
+    if config.mlp_bias:
+        gate, up = gate + p["gate_bias"][None, None], up + p["up_bias"][None, None]
+    out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, p["down"])
+    return out + p["down_bias"][None, None] if config.mlp_bias else out
+
+
+def layer(
+    config: ModelConfig,
+    run: Run,
+    context: Context,
+    reads: KV | None,
+    x_BTD: jax.Array,
+    p: tuple[Params, Params | None],
+) -> tuple[jax.Array, KV | None]:
+    """One layer of a run: its output [B, T, D] and, if it is an owner, its K,V.
+
+    reads: the K,V of the run's source (None: nothing to read yet); not used where each layer reads its own.
+    p: the layer's parameters, and those of its K/V projection if it is an owner.
+    """
+    own, own_kv = p
+    kv = project_kv(config, own_kv, x_BTD, context) if own_kv is not None else None
+    strict = run.upward or config.strict_everywhere
+    source = kv if run.source is None else reads
+    x = x_BTD + attention(config, own, x_BTD, source, context, strict=strict, windowed=run.windowed)
+    x = x + mlp(config, own, x)
+    return constrain(x, "BTD"), kv
+
+
+def run_layers(
+    config: ModelConfig, run: Run, stack: Stack, x_BTD: jax.Array, reads: KV | None, context: Context
+) -> tuple[jax.Array, dict[int, KV]]:
+    """All layers of a run, scanned: their output, and the K,V of the owners among them by layer."""
+    body = partial(layer, config, run, context, reads)
+    if run.stop - run.start == 1:
+        body = jax.checkpoint(body) if config.remat else body
+        x, kv = body(x_BTD, jax.tree.map(lambda p: p[0], (stack.layers, stack.kv)))
+        return x, {} if kv is None else {run.start: kv}
+    body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
+    x, kvs = jax.lax.scan(body, x_BTD, (stack.layers, stack.kv))
+    if kvs is None:
+        return x, {}
+    return x, {run.start + i: KV(kvs.k_BSKH[i], kvs.v_BSKH[i]) for i in range(run.stop - run.start)}

@@ -1,0 +1,168 @@
+"""The transformer: its parameters, declared by Flax NNX, and embed, spans in turn, norm, head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lckv_jax.config import ModelConfig
+from lckv_jax.errors import UserError
+from lckv_jax.model.attention import wider
+from lckv_jax.model.axes import constrain
+from lckv_jax.model.layers import Params, make_context, rms_norm
+from lckv_jax.model.refine import Slots, solve_span
+
+
+def parameter_dims(config: ModelConfig) -> dict[str, str | dict[str, str]]:
+    """The dims of every parameter, in the shape of the parameter tree; it does not depend on how the map is used."""
+    layers = {
+        "attn_norm": "LD",
+        "wq": "LDNH",
+        "wo": "LNHD",
+        "mlp_norm": "LD",
+        "gate": "LDF",
+        "up": "LDF",
+        "down": "LFD",
+    }
+    kv = {"wk": "CDKH", "wv": "CDKH"}
+    if config.attention_bias:
+        layers |= {"bq": "LNH", "bo": "LD"}
+        kv |= {"bk": "CKH", "bv": "CKH"}
+    if config.mlp_bias:
+        layers |= {"gate_bias": "LF", "up_bias": "LF", "down_bias": "LD"}
+    tree: dict[str, str | dict[str, str]] = {"embed": "VD", "layers": layers, "kv": kv, "final_norm": "D"}
+    if not config.tie_embeddings:
+        tree["head"] = "DV"
+    return tree
+
+
+def dim_sizes(config: ModelConfig) -> dict[str, int]:
+    """The size of each parameter dim."""
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "L": config.num_layers,
+        "C": len(config.sharing.owners),
+    }
+
+
+class Parameters(nnx.Module):
+    """A group of parameters: norms start at 1, biases at 0, everything else normal with `init_std`, in float32."""
+
+    def __init__(self, config: ModelConfig, dims: dict, rngs: nnx.Rngs):
+        sizes = dim_sizes(config)
+        for name, entry in dims.items():
+            if isinstance(entry, dict):
+                setattr(self, name, Parameters(config, entry, rngs))
+                continue
+            if name.endswith("norm"):
+                init = nnx.initializers.ones
+            elif name.endswith("bias") or name in ("bq", "bk", "bv", "bo"):
+                init = nnx.initializers.zeros
+            else:
+                init = nnx.initializers.normal(config.init_std)
+            shape = tuple(sizes[dim] for dim in entry)
+            setattr(self, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
+
+
+class Transformer(Parameters):
+    """All parameters of the model. The mathematics are the functions below, on the plain dict of `init_params`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(config, parameter_dims(config), rngs)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Freshly initialised parameters as a plain dict tree (see design: stacked over layers)."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
+
+
+class Hidden(NamedTuple):
+    """The normed last hidden state, every owner's K,V, and what the passes did.
+
+    passes: the most passes made over a cyclic span (1 if the map has none). residual: the largest relative K,V change
+    of the last pass, over all cyclic spans (0 if there is none).
+    """
+
+    x_BTD: jax.Array
+    slots: Slots
+    passes: jax.Array
+    residual: jax.Array
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    *,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    no_grad_passes: int | jax.Array | None = None,
+    grad_passes: int | None = None,
+) -> Hidden:
+    """Everything but the head. Arguments as in `forward`."""
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise UserError("model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment; set it, or use float32")
+    no_grad_passes = config.no_grad_passes if no_grad_passes is None else no_grad_passes
+    grad_passes = config.grad_passes if grad_passes is None else max(grad_passes, 1)  # an official b = 0 means 1
+    if positions_BT is None:
+        positions_BT = positions_in_segments(tokens_BT, segment_ids_BT)
+    context = make_context(config, positions_BT, segment_ids_BT)
+    x = constrain(params["embed"][tokens_BT].astype(config.dtype), "BTD")
+    slots: Slots = {}
+    passes, residual = jnp.ones((), jnp.int32), jnp.zeros((), jnp.float32)
+    for span in config.sharing.spans():
+        solved = solve_span(params, config, span, x, slots, context, no_grad_passes, grad_passes)
+        x, slots = solved.x_BTD, {**slots, **solved.slots}
+        passes, residual = jnp.maximum(passes, solved.passes), jnp.maximum(residual, solved.residual)
+    return Hidden(rms_norm(x, params["final_norm"], config.norm_eps), slots, passes, residual)
+
+
+def positions_in_segments(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """Positions that count from 0 in each segment of each row, int32 [B, T]."""
+    index = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    if segment_ids_BT is None:
+        return index
+    first = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def head_matrix(params: Params, config: ModelConfig) -> jax.Array:
+    """The output head [D, V] in the compute dtype."""
+    head = params["embed"].T if config.tie_embeddings else params["head"]
+    return head.astype(config.dtype)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    *,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    no_grad_passes: int | jax.Array | None = None,
+    grad_passes: int | None = None,
+) -> jax.Array:
+    """Logits [B, T, V] in float32, or the compute dtype if that is wider.
+
+    segment_ids_BT: documents packed in a row, which never see each other. positions_BT: counted in each segment if not
+    given; -1 marks padding. no_grad_passes (m; may be traced if at least 1) and grad_passes (b) default to the config.
+    """
+    x = hidden_states(
+        params,
+        config,
+        tokens_BT,
+        segment_ids_BT=segment_ids_BT,
+        positions_BT=positions_BT,
+        no_grad_passes=no_grad_passes,
+        grad_passes=grad_passes,
+    ).x_BTD
+    head = head_matrix(params, config)
+    return jnp.einsum("BTD,DV->BTV", x, head, preferred_element_type=wider(x.dtype))

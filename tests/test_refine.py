@@ -1,0 +1,235 @@
+"""The passes against the token-by-token oracle, for every family; gradients, tolerance, schedules."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import token_by_token
+
+from lckv_jax import ModelConfig
+from lckv_jax.model import layers as L
+from lckv_jax.model import transformer
+from lckv_jax.model.loss import loss
+from lckv_jax.model.transformer import hidden_states, init_params
+from lckv_jax.sharing import Run
+
+SIZES = dict(
+    vocab_size=61, hidden_size=16, intermediate_size=20, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=6,
+    window=4, init_std=0.4,
+)  # fmt: skip
+MAPS = [
+    "standard", "lckv(warmup=2)", "lckv(warmup=0)", "cla(group=2)", "yoco", "mlkv(kv_layers=2)", "trailing(shared=2)",
+    "grid(pizza,bottom,3)", "grid(pizza,middle,3)", "grid(pizza,top,3)", "grid(sandwich,bottom,3)",
+    "grid(sandwich,middle,3)", "grid(sandwich,top,4)", "grid(lasagna,bottom,3)", "grid(lasagna,middle,3)",
+    "grid(lasagna,top,3)", "1_2s_0_3_3_3", "2_3_2_3_4_5", "3_3_3_0_4s_4", "0_2_2_1_4_5", "0_5s_5s_5_3s_5s",
+    "0s_0_2_2s_5_5",
+]  # fmt: skip
+T = 14
+forward = jax.jit(transformer.forward, static_argnums=1, static_argnames=("no_grad_passes", "grad_passes"))
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def make(spec, **changes):
+    config = ModelConfig(**SIZES | {"sharing": spec, "dtype": "float64"} | changes)
+    rng = np.random.default_rng(3)
+    shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    params = jax.tree.map(lambda p: rng.normal(0.0, config.init_std, p.shape).astype(config.dtype), shapes)
+    for group in (params["layers"], params):  # norms around 1; biases matter too
+        for name in [name for name in group if name.endswith("norm")]:
+            group[name] = 1 + group[name]
+    params = jax.tree.map(jnp.asarray, params)
+    tokens = jax.random.randint(jax.random.key(5), (2, T), 0, config.vocab_size)
+    return config, params, tokens
+
+
+def oracle(params, config, tokens, segments=None):
+    rows = [None] * len(tokens) if segments is None else np.asarray(segments)
+    return np.stack([token_by_token(params, config, row, s) for row, s in zip(np.asarray(tokens), rows)])
+
+
+@pytest.mark.parametrize("spec", MAPS)
+def test_enough_passes_equal_token_by_token(spec):
+    config, params, tokens = make(spec)
+    logits = forward(params, config, tokens, no_grad_passes=T - 1, grad_passes=1)
+    np.testing.assert_allclose(logits, oracle(params, config, tokens), atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", ["lckv(warmup=2)", "yoco", "grid(lasagna,middle,3)"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strict_everywhere": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"tie_embeddings": True, "num_kv_heads": 1},
+        {"num_kv_heads": 4, "rope_scaling": {"type": "linear", "factor": 3.0}},
+        {"rope_scaling": {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}},
+        {"remat": False, "norm_eps": 1e-2},
+    ],
+    ids=str,
+)
+def test_options_equal_token_by_token(spec, changes):
+    config, params, tokens = make(spec, **changes)
+    logits = forward(params, config, tokens, no_grad_passes=T - 1, grad_passes=1)
+    np.testing.assert_allclose(logits, oracle(params, config, tokens), atol=1e-9)
+
+
+@pytest.mark.parametrize("start", ["zero", "input"])
+@pytest.mark.parametrize(("m", "b"), [(0, 1), (0, 3), (1, 1), (2, 2), (4, 1)])
+def test_first_tokens_are_exact_after_m_plus_b_passes(start, m, b):
+    config, params, tokens = make("lckv(warmup=0)", start=start)
+    logits = np.asarray(forward(params, config, tokens, no_grad_passes=m, grad_passes=b))
+    right = oracle(params, config, tokens)
+    np.testing.assert_allclose(logits[:, : m + b], right[:, : m + b], atol=1e-9)
+    assert np.abs(logits[:, m + b :] - right[:, m + b :]).max() > 1e-2  # and the rest is not yet
+
+
+@pytest.mark.parametrize("spec", ["standard", "lckv(warmup=2)", "grid(sandwich,middle,3)", "yoco"])
+def test_packed_documents_are_as_alone(spec):
+    config, params, tokens = make(spec)
+    segments = jnp.array([[1] * 5 + [2] * 9, [1] * 1 + [2] * 7 + [3] * 6])
+    packed = forward(params, config, tokens, segment_ids_BT=segments, no_grad_passes=T)
+    np.testing.assert_allclose(packed, oracle(params, config, tokens, segments), atol=1e-9)
+    alone = forward(params, config, tokens[:1, 5:], no_grad_passes=T)
+    np.testing.assert_allclose(packed[:1, 5:], alone, atol=1e-9)
+
+
+def test_left_padding_changes_nothing():
+    config, params, tokens = make("lckv(warmup=2)")
+    padded = jnp.concatenate([jnp.full((2, 3), 7), tokens], axis=1)
+    positions = jnp.tile(jnp.concatenate([jnp.full(3, -1), jnp.arange(T)])[None], (2, 1))
+    got = forward(params, config, padded, positions_BT=positions)[:, 3:]
+    np.testing.assert_allclose(got, forward(params, config, tokens), atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", MAPS)
+def test_causality_by_gradients(spec):
+    """The logits at t depend on tokens <= t only, and on the last of them."""
+    config, params, tokens = make(spec)
+    at = 6
+
+    def logit_sum(embedded):
+        identity = {**params, "embed": embedded, "head": params["head"]}
+        return forward(identity, config, jnp.arange(T)[None], no_grad_passes=0, grad_passes=3)[0, at].sum()
+
+    grads = jax.jit(jax.grad(logit_sum))(params["embed"][tokens[0]])
+    assert np.all(np.asarray(grads[at + 1 :]) == 0.0)
+    assert np.all(np.abs(np.asarray(grads[: at + 1])).sum(1) > 0.0) or config.sharing.windowed != (False,) * 6
+
+
+@pytest.mark.parametrize(
+    "spec", ["lckv(warmup=2)", "grid(sandwich,middle,3)", "1_2s_0_3_3_3", "3_3_3_0_4s_4", "0_2_2_1_4_5"]
+)
+def test_no_grad_passes_carry_no_gradient(spec):
+    """The gradient is that of b passes, run layer by layer, after m passes of other, constant parameters."""
+    config, params, tokens = make(spec, remat=False)
+    want = jax.jit(jax.grad(lambda p: _loss_by_hand(params, p, config, tokens, m=2, b=2)))(params)
+    got = jax.jit(jax.grad(lambda p: loss(p, config, tokens, no_grad_passes=2, grad_passes=2)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), got, want)
+
+
+def _loss_by_hand(p_frozen, p_trained, config, tokens, m, b):
+    """m passes with p_frozen, b with p_trained, layer by layer without runs, scans or shortcuts."""
+    sharing = config.sharing
+    positions = jnp.tile(jnp.arange(tokens.shape[1])[None], (tokens.shape[0], 1))
+    context = L.make_context(config, positions, None)
+
+    def sweep(p, x, slots, span):
+        for i in range(span.start, span.stop):
+            source = sharing.sources[i]
+            run = Run(
+                i, i + 1, None if source == i else source, i in sharing.owners, sharing.upward[i], sharing.windowed[i]
+            )
+            stack = L.take_stack(p, config, run)
+            x, own = L.run_layers(config, run, stack, x, slots.get(source), context)
+            slots = {**slots, **own}
+        return x, slots
+
+    x, slots = p_trained["embed"][tokens].astype(config.dtype), {}
+    x_frozen, slots_frozen = p_frozen["embed"][tokens].astype(config.dtype), {}
+    for span in sharing.spans():
+        if not span.cyclic:
+            x, slots = sweep(p_trained, x, slots, span)
+            x_frozen, slots_frozen = sweep(p_frozen, x_frozen, slots_frozen, span)
+            continue
+        shape = (*tokens.shape, config.num_kv_heads, config.head_dim)
+        zeros = {
+            o: L.KV(jnp.zeros(shape), jnp.zeros(shape)) for o in range(span.start, span.stop) if o in sharing.owners
+        }
+        before = {**slots_frozen, **zeros}
+        for _ in range(m):
+            _, before = sweep(p_frozen, x_frozen, before, span)
+        mine = {**slots, **{o: before[o] for o in zeros}}
+        frozen_mine = before
+        for _ in range(b):
+            out, mine = sweep(p_trained, x, mine, span)
+            frozen_out, frozen_mine = sweep(p_frozen, x_frozen, frozen_mine, span)
+        x, slots, x_frozen, slots_frozen = out, mine, frozen_out, frozen_mine
+    x = L.rms_norm(x, p_trained["final_norm"], config.norm_eps)
+    logits = jnp.einsum("BTD,DV->BTV", x, p_trained["head"])
+    logp = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).mean()
+
+
+def test_traced_passes_equal_static_ones_and_compile_once():
+    config, params, tokens = make("lckv(warmup=2)")
+    step = jax.jit(jax.value_and_grad(lambda p, m: loss(p, config, tokens, no_grad_passes=m)))
+    for m in (1, 4):
+        value, grads = step(params, jnp.asarray(m))
+        want, want_grads = jax.jit(jax.value_and_grad(lambda p, m=m: loss(p, config, tokens, no_grad_passes=m)))(params)
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), grads, want_grads)
+    assert step._cache_size() == 1
+
+
+def test_tolerance_stops_early_and_reports_it():
+    config, params, tokens = make("lckv(warmup=2)", no_grad_passes=40, init_std=0.1)
+    full = hidden_states(params, config, tokens)
+    loose = hidden_states(params, make("lckv(warmup=2)", no_grad_passes=40, tolerance=1e-3)[0], tokens)
+    assert int(full.passes) == 42
+    assert float(full.residual) < 1e-14
+    assert 2 < int(loose.passes) < 40
+    assert float(loose.residual) <= 1e-3
+    np.testing.assert_allclose(loose.x_BTD, full.x_BTD, atol=2e-2)
+
+
+def test_residual_is_the_largest_relative_change_of_a_token():
+    config, params, tokens = make("lckv(warmup=2)")
+    a = hidden_states(params, config, tokens, no_grad_passes=3, grad_passes=1)
+    b = hidden_states(params, config, tokens, no_grad_passes=4, grad_passes=1)
+    worst = 0.0
+    for old, new in zip(a.slots[4], b.slots[4]):
+        old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)
+        moved = np.sqrt(((new - old) ** 2).sum((2, 3)) / (new**2).sum((2, 3)))
+        worst = max(worst, moved.max())
+    np.testing.assert_allclose(float(b.residual), worst, rtol=1e-6)
+
+
+def test_float64_without_x64_is_refused():
+    config, params, tokens = make("standard")
+    jax.config.update("jax_enable_x64", False)
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+        forward(params, config, tokens)
+
+
+@pytest.mark.parametrize("spec", ["lckv(warmup=2)", "standard"])
+def test_bfloat16_is_near_float32_and_finite(spec):
+    config, params, tokens = make(spec, dtype="float32", init_std=0.1)
+    low = make(spec, dtype="bfloat16")[0]
+    want, got = forward(params, config, tokens), forward(params, low, tokens)
+    assert got.dtype == jnp.float32
+    assert np.isfinite(got).all()
+    assert np.abs(np.asarray(got - want)).max() < 0.15 * np.abs(np.asarray(want)).max()
+
+
+def test_one_token_row():
+    config, params, tokens = make("lckv(warmup=0)")
+    logits = forward(params, config, tokens[:, :1])
+    np.testing.assert_allclose(logits, oracle(params, config, tokens[:, :1]), atol=1e-9)
