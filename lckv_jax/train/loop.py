@@ -1,0 +1,219 @@
+"""`train`: prepare, restore, step, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from lckv_jax import checkpoint
+from lckv_jax.config import RunConfig, config_json
+from lckv_jax.data.batches import batches, iterate
+from lckv_jax.data.prepare import Manifest, prepare
+from lckv_jax.errors import UserError
+from lckv_jax.parallel.mesh import batch_sharding, check_sizes, make_mesh, replicated_dims
+from lckv_jax.train.metrics import MetricsFile, ProgressLine, Record, draw_loss_curve, read_metrics
+from lckv_jax.train.optimizer import make_optimizer
+from lckv_jax.train.state import TrainState, abstract_state, init_state
+from lckv_jax.train.step import make_eval_step, make_train_step
+
+# What may differ between the run in a folder and the config that resumes it: the numbers stay the same.
+_FREE = ("out", "data.folder", "train.log_every", "train.eval_", "train.save_every", "train.keep", "mesh.")
+
+
+def train(config: RunConfig) -> None:
+    """Runs `config` to its last step, from the newest good checkpoint in `config.out` if there is one.
+
+    Makes the data first if `config.data.folder` is empty. Leaves in `config.out`: checkpoints/, config.json,
+    tokenizer.model, metrics.jsonl (a line a step and a line a validation) and loss.png.
+    Raises UserError for everything that the user can mend, and if the loss stops being finite.
+    """
+    console = Console()
+    mesh = make_mesh(config.mesh)
+    check_sizes(config.model, config.data.batch_size, mesh)
+    if replicated_dims(config.model, mesh):
+        console.print(f"mesh: {config.model.num_kv_heads} K/V heads are not split over tensor={mesh.shape['tensor']}")
+    out = _claim_folder(config)
+    manifest = prepare(config.data, config.model.vocab_size, console.print)
+    shutil.copyfile(Path(config.data.folder).expanduser() / "tokenizer.model", out / "tokenizer.model")
+    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out / "checkpoints", config.train.keep) as manager:
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        restored = checkpoint.restore(
+            manager,
+            abstract_state(config.model, optimizer, mesh),
+            check=lambda meta: _check_same_run(config, manifest, meta),
+            report=console.print,
+        )
+        state = restored[0] if restored else init_state(config.model, optimizer, mesh, config.seed)
+        start = int(state["step"])
+        if restored:
+            console.print(f"resuming {out} from step {start}")
+        _Run(config, manifest, out, console, manager, start).finish(state, make_train_step(config, optimizer, mesh))
+    _summarise(config, out, console)
+
+
+class _Run:
+    """One stretch of a run, from the step that it starts or resumes at."""
+
+    def __init__(
+        self, config: RunConfig, manifest: Manifest, out: Path, console: Console, manager: Any, start: int
+    ) -> None:
+        self.config, self.manifest, self.manager, self.start = config, manifest, manager, start
+        self.file = MetricsFile(out / "metrics.jsonl", start)
+        self.progress = ProgressLine(console, start, config.train.steps, config.train.log_every)
+        self.evaluate = make_eval_step(config)
+        self.sharding = batch_sharding(jax.sharding.get_mesh())
+        self.read_at = time.monotonic()
+
+    def finish(self, state: TrainState, step_function: Any) -> None:
+        """All remaining steps. Metrics are read one step late, so that the device never waits for the host."""
+        config, train = self.config, self.config.train
+        steps = iterate(self.batches("train"), self.start)
+        pending: tuple[int, Any] | None = None
+        try:
+            for step in range(self.start + 1, train.steps + 1):
+                batch = jax.device_put(next(steps), self.sharding)
+                state, metrics = step_function(state, batch)
+                self.read(pending)
+                pending = step, metrics
+                validates, saves = (
+                    step % every == 0 or step == train.steps for every in (train.eval_every, train.save_every)
+                )
+                if validates or saves:
+                    self.read(pending)
+                    pending = None
+                if validates:
+                    self.validate(step, state)
+                if saves:
+                    checkpoint.save(
+                        self.manager,
+                        state,
+                        config,
+                        manifest=self.manifest.hash,
+                        tokenizer=self.manifest.tokenizer_fingerprint,
+                    )
+                if validates or saves:
+                    self.read_at = time.monotonic()
+            self.manager.wait_until_finished()
+        finally:
+            self.progress.close()
+            self.file.close()
+            steps.close()
+
+    def batches(self, split: Any) -> Any:
+        data = self.config.data
+        return batches(
+            data.folder, self.manifest, split, seq_len=data.seq_len, batch_size=data.batch_size, seed=self.config.seed
+        )
+
+    def read(self, pending: tuple[int, Any] | None) -> None:
+        """Waits for the metrics of a step, writes and shows them. Raises UserError if they are not finite."""
+        if pending is None:
+            return
+        step, metrics = pending
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        seconds, self.read_at = now - self.read_at, now
+        tokens = self.config.data.batch_size * self.config.data.seq_len
+        record: Record = {
+            "step": step,
+            **values,
+            "tokens_seen": step * tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        self.file.write(record)
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if bad:
+            raise UserError(
+                f"step {step}: {bad[0]} is not finite (batch {step - 1} of seed {self.config.seed}); nothing was saved "
+                "since; lower optimizer.learning_rate or change the seed, and run again to go on from the last checkpoint"
+            )
+        self.progress.update(record)
+
+    def validate(self, step: int, state: TrainState) -> None:
+        """Mean loss over the first validation batches, always the same ones."""
+        dataset = self.batches("valid")
+        total, count = 0.0, 0
+        for index in range(min(self.config.train.eval_batches, len(dataset))):
+            nll, tokens = self.evaluate(state["params"], jax.device_put(dataset[index], self.sharding))
+            total, count = total + float(nll), count + int(tokens)
+        loss = total / count
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        tokens_seen = step * self.config.data.batch_size * self.config.data.seq_len
+        self.file.write({"step": step, "valid_loss": loss, "valid_perplexity": perplexity, "tokens_seen": tokens_seen})
+        self.progress.say(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}")
+
+
+def _claim_folder(config: RunConfig) -> Path:
+    """Makes the run's folder with its config.json; refuses one that holds another run."""
+    out = Path(config.out).expanduser()
+    path = out / "config.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _refuse_differences(config, json.loads(path.read_text(encoding="utf-8")), f"{out} holds another run")
+        elif (out / "checkpoints").exists():
+            raise UserError(f"{out} holds checkpoints but no config.json; choose another `out`, or put the file back")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(config_json(config), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged; delete it if the folder is this run's, or choose another `out`") from error
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out} cannot be written: {error.strerror}; mend it, or choose another `out`"
+        ) from error
+    return out
+
+
+def _check_same_run(config: RunConfig, manifest: Manifest, meta: dict[str, Any]) -> None:
+    """Raises UserError if a checkpoint belongs to another configuration, tokenizer or data set."""
+    where = f"checkpoint of step {meta['step']} in {config.out}"
+    if meta["tokenizer"] != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"the {where} was trained with another tokenizer than the one in {config.data.folder}; "
+            "restore that data folder, or choose another `out`"
+        )
+    if meta["manifest"] != manifest.hash:
+        raise UserError(
+            f"the {where} was trained on other data than {config.data.folder} now holds; "
+            "restore that data folder, or choose another `out`"
+        )
+    _refuse_differences(config, meta["config"], f"the {where} has another config")
+
+
+def _refuse_differences(config: RunConfig, other: dict[str, Any], what: str) -> None:
+    mine, theirs = _flatten(config_json(config)), _flatten(other)
+    fields = [field for field in mine | theirs if mine.get(field) != theirs.get(field) and not field.startswith(_FREE)]
+    if fields:
+        shown = "; ".join(f"{field} is {theirs.get(field)!r} there, {mine.get(field)!r} here" for field in fields[:4])
+        more = f" (and {len(fields) - 4} more)" if len(fields) > 4 else ""
+        raise UserError(f"{what}: {shown}{more}; choose another `out`, or undo the change")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _summarise(config: RunConfig, out: Path, console: Console) -> None:
+    records = read_metrics(out / "metrics.jsonl")
+    draw_loss_curve(records, config.model.vocab_size, out / "loss.png")
+    last = next(record for record in reversed(records) if "valid_loss" in record)
+    console.print(
+        f"done: {config.train.steps} steps, {last['tokens_seen']:,} tokens, validation loss {last['valid_loss']:.4f} "
+        f"(from ln(V) = {math.log(config.model.vocab_size):.2f}), perplexity {last['valid_perplexity']:,.1f}\n"
+        f"checkpoint {out / 'checkpoints' / str(config.train.steps)}, loss curve {out / 'loss.png'}",
+        highlight=False,
+        soft_wrap=True,
+    )
