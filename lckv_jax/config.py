@@ -51,9 +51,9 @@ class RopeScaling(_Frozen):
 
     type: Literal["linear", "llama3"]
     factor: float = Field(ge=1.0)
-    low_freq_factor: float = Field(1.0, gt=0.0, description="llama3 only")
-    high_freq_factor: float = Field(4.0, gt=0.0, description="llama3 only")
-    original_max_position_embeddings: Positive = Field(8192, description="llama3 only")
+    low_freq_factor: float = Field(default=1.0, gt=0.0, description="llama3 only")
+    high_freq_factor: float = Field(default=4.0, gt=0.0, description="llama3 only")
+    original_max_position_embeddings: Positive = Field(default=8192, description="llama3 only")
 
     @model_validator(mode="after")
     def _check_bands(self) -> RopeScaling:
@@ -75,22 +75,32 @@ class ModelConfig(_Frozen):
     sharing: Annotated[
         KVSharing, PlainSerializer(str, return_type=str), Field(description="sharing map or family, see sharing.py")
     ] = Field(default="standard", validate_default=True)  # pyright: ignore[reportAssignmentType]
-    window: Positive = Field(4096, description="sliding window of layers marked `s`, in tokens, itself included")
-    strict_everywhere: bool = Field(False, description="every layer reads strictly earlier tokens (`force_nodiag`)")
-    no_grad_passes: NonNegative = Field(7, description="m: passes over a cyclic span without gradient")
-    grad_passes: Positive = Field(2, description="b: passes with gradient")
-    start: Literal["zero", "input"] = Field("zero", description="first K,V of a cyclic span: zero or from its input")
-    tolerance: float = Field(0.0, ge=0.0, description="stop no-grad passes at this relative K,V change; 0 = run all m")
-    rope_theta: float = Field(10000.0, gt=0.0)
+    window: Positive = Field(
+        default=4096, description="sliding window of layers marked `s`, in tokens, itself included"
+    )
+    strict_everywhere: bool = Field(
+        default=False, description="every layer reads strictly earlier tokens (`force_nodiag`)"
+    )
+    no_grad_passes: NonNegative = Field(default=7, description="m: passes over a cyclic span without gradient")
+    grad_passes: Positive = Field(default=2, description="b: passes with gradient")
+    start: Literal["zero", "input"] = Field(
+        default="zero", description="first K,V of a cyclic span: zero or from its input"
+    )
+    tolerance: float = Field(
+        default=0.0, ge=0.0, description="stop no-grad passes at this relative K,V change; 0 = run all m"
+    )
+    rope_theta: float = Field(default=10000.0, gt=0.0)
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = Field(1e-5, gt=0.0, description="RMSNorm epsilon")
-    tie_embeddings: bool = Field(False, description="the head is the transposed embedding")
-    attention_bias: bool = Field(False, description="biases on wq, wk, wv, wo")
-    mlp_bias: bool = Field(False, description="biases on gate, up, down")
-    init_std: float = Field(0.02, gt=0.0, description="standard deviation of initial weights")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="compute dtype of matmuls")
-    remat: bool = Field(True, description="recompute each layer in the backward pass instead of keeping activations")
-    attention: Literal["xla"] = Field("xla", description="attention backend")
+    norm_eps: float = Field(default=1e-5, gt=0.0, description="RMSNorm epsilon")
+    tie_embeddings: bool = Field(default=False, description="the head is the transposed embedding")
+    attention_bias: bool = Field(default=False, description="biases on wq, wk, wv, wo")
+    mlp_bias: bool = Field(default=False, description="biases on gate, up, down")
+    init_std: float = Field(default=0.02, gt=0.0, description="standard deviation of initial weights")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="compute dtype of matmuls")
+    remat: bool = Field(
+        default=True, description="recompute each layer in the backward pass instead of keeping activations"
+    )
+    attention: Literal["xla"] = Field(default="xla", description="attention backend")
 
     @field_validator("sharing", mode="before")
     @classmethod
@@ -132,41 +142,48 @@ class ModelConfig(_Frozen):
 class DataConfig(_Frozen):
     """Where the text comes from, how it becomes tokens, and the shape of a batch."""
 
-    sources: Strings = Field(("builtin",), description="`builtin` (Python's own source) or globs of UTF-8 text files")
-    tokenizer: str = Field("train", description="`train` a sentencepiece BPE on the sources, or the path of a .model")
-    folder: str = Field("data/builtin", description="prepared shards live here; prepared once, then only read")
-    validation_fraction: float = Field(0.02, gt=0.0, lt=1.0, description="share of documents held out, by hash of name")
-    seq_len: Positive = Field(512, description="T: tokens of a row")
-    batch_size: Positive = Field(8, description="B: rows of a global batch")
+    sources: Strings = Field(
+        default=("builtin",), description="`builtin` (Python's own source) or globs of UTF-8 text files"
+    )
+    tokenizer: str = Field(
+        default="train", description="`train` a sentencepiece BPE on the sources, or the path of a .model"
+    )
+    folder: str = Field(default="data/builtin", description="prepared shards live here; prepared once, then only read")
+    validation_fraction: float = Field(
+        default=0.02, gt=0.0, lt=1.0, description="share of documents held out, by hash of name"
+    )
+    seq_len: Positive = Field(default=512, description="T: tokens of a row")
+    batch_size: Positive = Field(default=8, description="B: rows of a global batch")
 
 
 class OptimizerConfig(_Frozen):
     """AdamW with linear warm-up and cosine decay; norms and biases are not decayed."""
 
-    learning_rate: float = Field(1e-3, gt=0.0, description="peak learning rate")
-    final_fraction: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
+    learning_rate: float = Field(default=1e-3, gt=0.0, description="peak learning rate")
+    final_fraction: float = Field(default=0.1, ge=0.0, le=1.0, description="final over peak learning rate")
     warmup_steps: NonNegative = 20
-    b1: float = Field(0.9, ge=0.0, lt=1.0)
-    b2: float = Field(0.95, ge=0.0, lt=1.0)
-    eps: float = Field(1e-8, gt=0.0)
-    weight_decay: float = Field(0.1, ge=0.0)
-    clip_norm: float | None = Field(1.0, gt=0.0, description="global gradient norm; null = no clipping")
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    b2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    clip_norm: float | None = Field(default=1.0, gt=0.0, description="global gradient norm; null = no clipping")
 
 
 class TrainConfig(_Frozen):
     """How long, and what happens on the way."""
 
     steps: Positive = Field(description="optimiser updates")
-    z_loss: float = Field(0.0, ge=0.0, description="weight of the squared log-normaliser")
-    loss_chunk: Positive = Field(256, description="positions of a row whose logits are held at once")
+    z_loss: float = Field(default=0.0, ge=0.0, description="weight of the squared log-normaliser")
+    loss_chunk: Positive = Field(default=256, description="positions of a row whose logits are held at once")
     no_grad_passes_schedule: Schedule = Field(
-        (), description="[[step, m], ...]: m from that step on, instead of model.no_grad_passes; never recompiles"
+        default=(),
+        description="[[step, m], ...]: m from that step on, instead of model.no_grad_passes; never recompiles",
     )
-    log_every: Positive = Field(5, description="steps between printed lines (metrics.jsonl has every step)")
-    eval_every: Positive = Field(100, description="steps between validations")
-    eval_batches: Positive = Field(8, description="validation batches")
-    save_every: Positive = Field(100, description="steps between checkpoints")
-    keep: Positive = Field(2, description="checkpoints kept")
+    log_every: Positive = Field(default=5, description="steps between printed lines (metrics.jsonl has every step)")
+    eval_every: Positive = Field(default=100, description="steps between validations")
+    eval_batches: Positive = Field(default=8, description="validation batches")
+    save_every: Positive = Field(default=100, description="steps between checkpoints")
+    keep: Positive = Field(default=2, description="checkpoints kept")
 
     @field_validator("no_grad_passes_schedule")
     @classmethod
@@ -180,9 +197,9 @@ class TrainConfig(_Frozen):
 class MeshConfig(_Frozen):
     """Sizes of the device mesh; one of them may be -1 = what is left."""
 
-    data: int = Field(-1, description="batch split, parameters copied (the axis that spans slices)")
-    fsdp: int = Field(1, description="batch split, parameters split")
-    tensor: int = Field(1, description="heads, MLP and vocabulary split")
+    data: int = Field(default=-1, description="batch split, parameters copied (the axis that spans slices)")
+    fsdp: int = Field(default=1, description="batch split, parameters split")
+    tensor: int = Field(default=1, description="heads, MLP and vocabulary split")
 
     @model_validator(mode="after")
     def _check(self) -> MeshConfig:
@@ -202,6 +219,15 @@ class RunConfig(_Frozen):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps="
+                f"{self.train.steps}; warm up for fewer steps"
+            )
+        return self
 
 
 # ---------------------------------------------------------------- reading
@@ -295,7 +321,7 @@ def _first_sentence(model: type[BaseModel], error: ValidationError) -> str:
     elif first["type"] == "missing":
         message = "is missing and has no default; add it"
     elif first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
+        message = str(first.get("ctx", {}).get("error", first["msg"]))
     else:
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
     if path and message.startswith(f"{path.rsplit('.', 1)[-1]}: "):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from lckv_jax.config import ModelConfig, RunConfig
 from lckv_jax.model.transformer import dim_sizes, parameter_dims
@@ -16,9 +16,7 @@ from lckv_jax.sharing import KVSharing
 def count_parameters(config: ModelConfig) -> int:
     """The number of trained parameters."""
     sizes = dim_sizes(config)
-    return sum(
-        math.prod(sizes[dim] for dim in dims) for dims in traverse_util.flatten_dict(parameter_dims(config)).values()
-    )
+    return sum(math.prod(sizes[dim] for dim in dims) for dims in jax.tree.leaves(parameter_dims(config)))
 
 
 def describe(config: RunConfig) -> str:

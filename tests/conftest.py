@@ -1,6 +1,8 @@
 """What several tests need: where the golden numbers and the real data are."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -8,6 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache():
+    """Tests that compile the same program again take it from here; nothing survives the session."""
+    folder = tempfile.mkdtemp()
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +35,56 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data absent: set LCKV_TEST_DATA to its folder")
     return folder
+
+
+def write_tiny_config(folder: Path) -> Path:
+    """A YAML config that trains a tiny LCKV model on a few real text files in seconds, all inside `folder`."""
+    text = Path(os.__file__).parent
+    path = folder / "tiny.yaml"
+    path.write_text(f"""
+out: {folder / "run"}
+model:
+  vocab_size: 512
+  hidden_size: 32
+  intermediate_size: 48
+  num_layers: 4
+  num_heads: 4
+  num_kv_heads: 2
+  head_dim: 8
+  sharing: "0_2_2_3"
+  no_grad_passes: 2
+  remat: false
+data:
+  sources: ["{text / "a[bs]*.py"}", "{text / "[bcd]*.py"}"]
+  folder: {folder / "data"}
+  validation_fraction: 0.2
+  seq_len: 32
+  batch_size: 4
+optimizer: {{learning_rate: 1.0e-2, warmup_steps: 2}}
+train: {{steps: 6, log_every: 2, eval_every: 3, eval_batches: 2, save_every: 2}}
+""")
+    return path
+
+
+@pytest.fixture
+def tiny_config(tmp_path) -> Path:
+    return write_tiny_config(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a finished tiny run: tiny.yaml, data/ and run/. Only to be read."""
+    from lckv_jax.config import load_config
+    from lckv_jax.train.loop import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    train(load_config(write_tiny_config(folder)))
+    return folder
+
+
+@pytest.fixture
+def finished_config(trained, tmp_path) -> Path:
+    """The config of a finished tiny run, in a copy of its own."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copytree(trained / "data", tmp_path / "data")
+    return write_tiny_config(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -69,7 +68,7 @@ def loss_sum(
     labels_BT = batch["labels"][:, 1:]
     T = labels_BT.shape[1]
     chunk = min(chunk, -(-T // 2))  # at least two chunks: never all logits at once
-    total, nll = _chunked_cross_entropy(hidden.x_BTD, head_matrix(params, config), labels_BT, chunk, z_loss)
+    total, nll = _cross_entropy(hidden.x_BTD, head_matrix(params, config), labels_BT, chunk, z_loss)
     count = jnp.sum(labels_BT != IGNORED)
     return total, {"count": count, "nll": nll, "passes": hidden.passes, "residual": hidden.residual}
 
@@ -78,14 +77,14 @@ def _without_last(x_BT: jax.Array | None) -> jax.Array | None:
     return None if x_BT is None else x_BT[:, :-1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _chunked_cross_entropy(
     x_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, chunk: int, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
     """(summed loss with z-loss, summed loss without, which carries no gradient), float32 or wider."""
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        total, nll, _ = _chunk_loss(*xs, head_DV, z_loss)
+        x, labels = xs
+        total, nll, _ = _chunk_loss(x, labels, head_DV, z_loss)
         return (carry[0] + total, carry[1] + nll), None
 
     zero = jnp.zeros((), wider(x_BTD.dtype))
@@ -145,4 +144,5 @@ def _scale_gradients(
     return grad_x * cotangents[0].astype(grad_x.dtype), grad_head * cotangents[0].astype(grad_head.dtype), None
 
 
-_chunked_cross_entropy.defvjp(_forward_with_gradients, _scale_gradients)
+_cross_entropy = jax.custom_vjp(_chunked_cross_entropy, nondiff_argnums=(3, 4))
+_cross_entropy.defvjp(_forward_with_gradients, _scale_gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from lckv_jax.model.axes import MESH_AXES, activation_spec, parameter_spec
 from lckv_jax.model.transformer import dim_sizes, parameter_dims
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices with the axes data, fsdp and tensor; GSPMD places what the table leaves open.
 
     Raises UserError if the sizes do not multiply to the number of devices.

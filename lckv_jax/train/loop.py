@@ -7,8 +7,10 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -36,37 +38,56 @@ def train(config: RunConfig) -> None:
     Raises UserError for everything that the user can mend, and if the loss stops being finite.
     """
     console = Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     mesh = make_mesh(config.mesh)
     check_sizes(config.model, config.data.batch_size, mesh)
     if replicated_dims(config.model, mesh):
-        console.print(f"mesh: {config.model.num_kv_heads} K/V heads are not split over tensor={mesh.shape['tensor']}")
-    out = _claim_folder(config)
-    manifest = prepare(config.data, config.model.vocab_size, console.print)
-    shutil.copyfile(Path(config.data.folder).expanduser() / "tokenizer.model", out / "tokenizer.model")
+        say(f"mesh: {config.model.num_kv_heads} K/V heads are not split over tensor={mesh.shape['tensor']}")
+    out = Path(config.out).expanduser()
+    _refuse_another_run(config, out)
+    manifest = prepare(config.data, config.model.vocab_size, say)
+    datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
+    _claim_folder(config, out)
     with jax.set_mesh(mesh), checkpoint.open_checkpoints(out / "checkpoints", config.train.keep) as manager:
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         restored = checkpoint.restore(
             manager,
             abstract_state(config.model, optimizer, mesh),
             check=lambda meta: _check_same_run(config, manifest, meta),
-            report=console.print,
+            report=say,
         )
         state = restored[0] if restored else init_state(config.model, optimizer, mesh, config.seed)
-        start = int(state["step"])
         if restored:
-            console.print(f"resuming {out} from step {start}")
-        _Run(config, manifest, out, console, manager, start).finish(state, make_train_step(config, optimizer, mesh))
-    _summarise(config, out, console)
+            say(f"resuming {out} from step {int(state['step'])}")
+        run = _Run(config, manifest, datasets, manager, console, int(state["step"]))
+        run.finish(state, make_train_step(config, optimizer, mesh))
+    _summarise(config, out, say)
+
+
+class _Datasets(NamedTuple):
+    train: Any
+    valid: Any
+
+
+def _batches(config: RunConfig, manifest: Manifest, split: Any) -> Any:
+    data = config.data
+    return batches(data.folder, manifest, split, seq_len=data.seq_len, batch_size=data.batch_size, seed=config.seed)
 
 
 class _Run:
     """One stretch of a run, from the step that it starts or resumes at."""
 
     def __init__(
-        self, config: RunConfig, manifest: Manifest, out: Path, console: Console, manager: Any, start: int
+        self,
+        config: RunConfig,
+        manifest: Manifest,
+        datasets: _Datasets,
+        manager: Any,
+        console: Console,
+        start: int,
     ) -> None:
-        self.config, self.manifest, self.manager, self.start = config, manifest, manager, start
-        self.file = MetricsFile(out / "metrics.jsonl", start)
+        self.config, self.manifest, self.datasets, self.manager, self.start = config, manifest, datasets, manager, start
+        self.file = MetricsFile(Path(config.out).expanduser() / "metrics.jsonl", start)
         self.progress = ProgressLine(console, start, config.train.steps, config.train.log_every)
         self.evaluate = make_eval_step(config)
         self.sharding = batch_sharding(jax.sharding.get_mesh())
@@ -75,11 +96,11 @@ class _Run:
     def finish(self, state: TrainState, step_function: Any) -> None:
         """All remaining steps. Metrics are read one step late, so that the device never waits for the host."""
         config, train = self.config, self.config.train
-        steps = iterate(self.batches("train"), self.start)
+        rows = iterate(self.datasets.train, self.start)
         pending: tuple[int, Any] | None = None
         try:
             for step in range(self.start + 1, train.steps + 1):
-                batch = jax.device_put(next(steps), self.sharding)
+                batch = jax.device_put(next(rows), self.sharding)
                 state, metrics = step_function(state, batch)
                 self.read(pending)
                 pending = step, metrics
@@ -105,13 +126,7 @@ class _Run:
         finally:
             self.progress.close()
             self.file.close()
-            steps.close()
-
-    def batches(self, split: Any) -> Any:
-        data = self.config.data
-        return batches(
-            data.folder, self.manifest, split, seq_len=data.seq_len, batch_size=data.batch_size, seed=self.config.seed
-        )
+            rows.close()
 
     def read(self, pending: tuple[int, Any] | None) -> None:
         """Waits for the metrics of a step, writes and shows them. Raises UserError if they are not finite."""
@@ -134,13 +149,13 @@ class _Run:
         if bad:
             raise UserError(
                 f"step {step}: {bad[0]} is not finite (batch {step - 1} of seed {self.config.seed}); nothing was saved "
-                "since; lower optimizer.learning_rate or change the seed, and run again to go on from the last checkpoint"
+                "since; lower optimizer.learning_rate or change the seed in a new `out`"
             )
         self.progress.update(record)
 
     def validate(self, step: int, state: TrainState) -> None:
         """Mean loss over the first validation batches, always the same ones."""
-        dataset = self.batches("valid")
+        dataset = self.datasets.valid
         total, count = 0.0, 0
         for index in range(min(self.config.train.eval_batches, len(dataset))):
             nll, tokens = self.evaluate(state["params"], jax.device_put(dataset[index], self.sharding))
@@ -152,26 +167,33 @@ class _Run:
         self.progress.say(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}")
 
 
-def _claim_folder(config: RunConfig) -> Path:
-    """Makes the run's folder with its config.json; refuses one that holds another run."""
-    out = Path(config.out).expanduser()
+def _refuse_another_run(config: RunConfig, out: Path) -> None:
+    """Raises UserError if the folder holds the beginnings of a run with another configuration."""
     path = out / "config.json"
+    if not (out / "metrics.jsonl").exists():
+        return
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{out} holds a run, but its config.json cannot be read; put it back, or choose another `out`"
+        ) from error
+    _refuse_differences(config, other, f"{out} holds another run")
+
+
+def _claim_folder(config: RunConfig, out: Path) -> None:
+    """Makes the run's folder with config.json and the tokenizer."""
+    path = out / "config.json"
+    partial_path = path.with_suffix(".partial")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _refuse_differences(config, json.loads(path.read_text(encoding="utf-8")), f"{out} holds another run")
-        elif (out / "checkpoints").exists():
-            raise UserError(f"{out} holds checkpoints but no config.json; choose another `out`, or put the file back")
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(config_json(config), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged; delete it if the folder is this run's, or choose another `out`") from error
+        partial_path.write_text(json.dumps(config_json(config), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial_path, path)
+        shutil.copyfile(Path(config.data.folder).expanduser() / "tokenizer.model", out / "tokenizer.model")
     except OSError as error:
         raise UserError(
             f"{error.filename or out} cannot be written: {error.strerror}; mend it, or choose another `out`"
         ) from error
-    return out
 
 
 def _check_same_run(config: RunConfig, manifest: Manifest, meta: dict[str, Any]) -> None:
@@ -206,14 +228,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _summarise(config: RunConfig, out: Path, console: Console) -> None:
+def _summarise(config: RunConfig, out: Path, say: Callable[[str], None]) -> None:
     records = read_metrics(out / "metrics.jsonl")
     draw_loss_curve(records, config.model.vocab_size, out / "loss.png")
     last = next(record for record in reversed(records) if "valid_loss" in record)
-    console.print(
+    say(
         f"done: {config.train.steps} steps, {last['tokens_seen']:,} tokens, validation loss {last['valid_loss']:.4f} "
-        f"(from ln(V) = {math.log(config.model.vocab_size):.2f}), perplexity {last['valid_perplexity']:,.1f}\n"
-        f"checkpoint {out / 'checkpoints' / str(config.train.steps)}, loss curve {out / 'loss.png'}",
-        highlight=False,
-        soft_wrap=True,
+        f"(from ln(V) = {math.log(config.model.vocab_size):.2f}), perplexity {last['valid_perplexity']:,.1f}"
     )
+    say(f"checkpoint {out / 'checkpoints' / str(config.train.steps)}, loss curve {out / 'loss.png'}")

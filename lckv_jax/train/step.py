@@ -17,7 +17,7 @@ from lckv_jax.train.optimizer import learning_rate
 from lckv_jax.train.state import TrainState, abstract_state
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 def no_grad_passes_at(config: RunConfig, step: jax.Array) -> int | jax.Array:
@@ -62,10 +62,11 @@ def train_step(
     }
 
 
-def make_train_step(
-    config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` compiled for the mesh; the state is donated. Call it with `jax.set_mesh(mesh)` in force."""
+def make_train_step(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
+    """`train_step`, (state, batch) -> (state, metrics), compiled for the mesh; the state is donated.
+
+    Call it with `jax.set_mesh(mesh)` in force.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config.model, optimizer, mesh))
     return jax.jit(
         lambda state, batch: train_step(config, optimizer, state, batch),

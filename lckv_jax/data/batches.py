@@ -1,0 +1,163 @@
+"""Prepared shards -> batches: a batch is a function of (seed, step), so resuming needs nothing but the step."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lckv_jax.data.corpora import Split
+from lckv_jax.data.prepare import Manifest
+from lckv_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
+
+IGNORE = -100  # a label that counts for nothing
+
+Batch = dict[str, np.ndarray]
+
+
+class Windows:
+    """The rows of one split, by index: row i is tokens i*T .. i*T+T of its shards laid end to end, int32 [T+1].
+
+    Neighbouring rows share one token, so that each token is predicted once. Files are mapped when first touched, in
+    each process, and so is the hash of each block checked: UserError names the shard and the block.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, split: Split, seq_len: int) -> None:
+        info = manifest.train if split == "train" else manifest.valid
+        self._folder, self._seq_len = Path(folder).expanduser(), seq_len
+        self._dtype, self._block_bytes = np.dtype(manifest.dtype), manifest.block_bytes
+        self._shards = info.shards
+        self._ends = list(accumulate(shard.tokens for shard in info.shards))
+        self._rows = max(0, (info.tokens - 1) // seq_len)
+        self._maps: dict[int, np.ndarray] = {}
+        self._checked: set[tuple[int, int]] = set()
+        if not self._rows:
+            mend = "lower data.seq_len or give more text" + ", or raise data.validation_fraction" * (split == "valid")
+            raise UserError(
+                f"{folder}: the {split} split has {info.tokens} tokens, but one row of data.seq_len={seq_len} "
+                f"needs {seq_len + 1}; {mend}"
+            )
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self._rows:
+            raise IndexError(f"row {index} of {self._rows}")
+        start, stop = index * self._seq_len, (index + 1) * self._seq_len + 1
+        parts = []
+        number = bisect_right(self._ends, start)
+        while start < stop:
+            offset = self._ends[number] - self._shards[number].tokens
+            end = min(stop, self._ends[number])
+            parts.append(self._read(number, start - offset, end - offset))
+            start, number = end, number + 1
+        return np.concatenate(parts).astype(np.int32)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}, "_checked": set()}
+
+    def _read(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 of a shard, from checked blocks."""
+        if number not in self._maps:
+            self._maps[number] = self._open(number)
+        size = self._dtype.itemsize
+        for block in range(start * size // self._block_bytes, (stop * size - 1) // self._block_bytes + 1):
+            if (number, block) not in self._checked:
+                self._check(number, block)
+                self._checked.add((number, block))
+        return self._maps[number][start:stop]
+
+    def _open(self, number: int) -> np.ndarray:
+        shard = self._shards[number]
+        path = self._folder / shard.file
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; {self._mend}") from error
+        expected = shard.tokens * self._dtype.itemsize
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes, but its manifest says {expected}; {self._mend}")
+        return np.memmap(path, self._dtype, "r")
+
+    def _check(self, number: int, block: int) -> None:
+        shard = self._shards[number]
+        content = self._maps[number].view(np.uint8)[block * self._block_bytes :][: self._block_bytes]
+        if hashlib.blake2b(content.data, digest_size=16).hexdigest() != shard.blocks[block]:
+            raise UserError(
+                f"{self._folder / shard.file}: block {block} (bytes from {block * self._block_bytes}) is not what was "
+                f"prepared, its hash differs; {self._mend}"
+            )
+
+    @property
+    def _mend(self) -> str:
+        return f"delete {self._folder} and prepare it again"
+
+
+def batches(
+    folder: str | Path, manifest: Manifest, split: Split, *, seq_len: int, batch_size: int, seed: int
+) -> grain.MapDataset[Batch]:
+    """The batches of one split; `[step]` is the batch of that step, from nothing but the arguments.
+
+    A batch is {tokens, labels, segment_ids, positions}, int32 [B, T+1] each (see `label_rows`).
+    train: endless; every epoch shows each row once, in an order of its own, and epochs follow without a gap, so that
+    a batch may hold the end of one and the start of the next.
+    valid: each row once, in a fixed order that ignores `seed`; `len()` batches, the last one filled up with rows
+    without labels, so that every batch has one shape.
+    Raises UserError if the split is shorter than one row, and on the first touch of damaged bytes.
+    """
+    import grain
+
+    rows = grain.MapDataset.source(Windows(folder, manifest, split, seq_len))
+    if split == "train":
+        rows = rows.shuffle(_shuffle_seed(seed)).repeat()
+    # Several hosts: slice here, rows[host::hosts], and batch batch_size // hosts rows on each.
+    return rows.batch(batch_size, drop_remainder=False).map(
+        partial(label_rows, bos_id=manifest.bos_id, batch_size=batch_size)
+    )
+
+
+def iterate(dataset: grain.MapDataset[Batch], start_step: int = 0, prefetch: int = 8) -> grain.DatasetIterator[Batch]:
+    """The batches from `start_step` on, `prefetch` of them read ahead by a thread (0: none); `close()` ends it."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    iterator = iter(dataset.to_iter_dataset(options))
+    grain.experimental.set_next_index(iterator, start_step)
+    return iterator
+
+
+def label_rows(tokens_BT: np.ndarray, bos_id: int, batch_size: int) -> Batch:
+    """A batch from rows of packed documents, each of which begins with BOS.
+
+    labels: the tokens (the loss shifts them), -100 for the first token of a document. segment_ids: 1, 2, ... in each
+    row. positions: from 0 in each document, and in the rest of one that the row's start cuts.
+    Fewer rows than batch_size are filled up with copies of the first, all of whose labels are -100.
+    """
+    missing = batch_size - len(tokens_BT)
+    tokens_BT = np.concatenate([tokens_BT, np.repeat(tokens_BT[:1], missing, axis=0)])
+    first_BT = tokens_BT == bos_id
+    columns_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    start_BT = np.maximum.accumulate(np.where(first_BT, columns_BT, 0), axis=1)
+    labels_BT = np.where(first_BT, IGNORE, tokens_BT)
+    labels_BT[batch_size - missing :] = IGNORE
+    batch = {
+        "tokens": tokens_BT,
+        "labels": labels_BT,
+        "segment_ids": np.cumsum(first_BT, axis=1) + ~first_BT[:, :1],
+        "positions": columns_BT - start_BT,
+    }
+    return {name: array.astype(np.int32) for name, array in batch.items()}
+
+
+def _shuffle_seed(seed: int) -> int:
+    """32 bits for grain, which shuffles epoch e with seed + e: seeds 0 and 1 as they are would share their orders."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())

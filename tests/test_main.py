@@ -1,0 +1,115 @@
+"""The command line: every mistake is one sentence and exit code 2, and nothing is lost."""
+
+import pytest
+
+from lckv_jax.__main__ import main
+
+
+def run(capsys, *arguments):
+    """Exit code and the error line of a command."""
+    code = main([str(argument) for argument in arguments])
+    return code, capsys.readouterr().err
+
+
+def refuses(capsys, *arguments):
+    code, error = run(capsys, *arguments)
+    assert code == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.hidden_sise=4", ["model.hidden_sise", "did you mean 'hidden_size'"]),
+        ("modle.hidden_size=4", ["modle", "did you mean 'model'"]),
+        ("train.steps=many", ["train.steps", "integer", "'many'"]),
+        ("model.sharing=[0, 1, 2]", ["model.sharing", "3 entries", "4 layers", "layer 3 has no entry"]),
+        ("model.sharing=0_1_2_4", ["layer 3 reads layer 4", "0 to 3"]),
+        ("model.sharing=lkcv", ["did you mean"]),
+        ("model.num_heads=3", ["num_heads=3", "num_kv_heads=2"]),
+        ("data.sources=[no/such/*.txt]", ["no/such/*.txt"]),
+        ("data.tokenizer=none.model", ["none.model"]),
+        ("mesh.data=3", ["data=3", "1 devices"]),
+        ("optimizer.warmup_steps=6", ["warmup_steps=6", "train.steps=6"]),
+        ("nonsense", ["nonsense", "section.key=value"]),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(tiny_config, tmp_path, capsys, override, words):
+    error = refuses(capsys, "train", tiny_config, override)
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_unquoted_map_in_the_file(tiny_config, capsys):
+    tiny_config.write_text(tiny_config.read_text().replace('"0_2_2_3"', "0_2_2_3"))
+    error = refuses(capsys, "describe", tiny_config)
+    assert "model.sharing" in error and "quote it" in error
+
+
+def test_a_missing_or_broken_config(tmp_path, capsys):
+    assert "none.yaml" in refuses(capsys, "train", tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    assert "mapping" in refuses(capsys, "train", tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    assert "not valid YAML" in refuses(capsys, "train", tmp_path / "broken.yaml")
+
+
+def test_a_text_that_cannot_be_used(tiny_config, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty" in refuses(capsys, "prepare", tiny_config, f"data.sources=[{tmp_path}/empty.txt]")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 50)
+    error = refuses(capsys, "prepare", tiny_config, f"data.sources=[{tmp_path}/latin.txt]")
+    assert "latin.txt" in error and "UTF-8" in error
+    (tmp_path / "folder.txt").mkdir()
+    assert "folder.txt" in refuses(capsys, "prepare", tiny_config, f"data.sources=[{tmp_path}/folder.txt]")
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_a_corpus_shorter_than_a_row(tiny_config, tmp_path, capsys):
+    error = refuses(capsys, "train", tiny_config, "data.seq_len=10000000")
+    assert "10000000" in error.replace(",", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_made_with_other_settings(tiny_config, tmp_path, capsys):
+    assert main(["prepare", str(tiny_config)]) == 0
+    before = (tmp_path / "data" / "manifest.json").read_bytes()
+    capsys.readouterr()
+    error = refuses(capsys, "train", tiny_config, "data.validation_fraction=0.3")
+    assert "data.validation_fraction=0.2" in error and "0.3" in error
+    error = refuses(capsys, "train", tiny_config, "model.vocab_size=600")
+    assert "model.vocab_size=512" in error and "600" in error
+    assert (tmp_path / "data" / "manifest.json").read_bytes() == before
+
+
+def test_a_changed_shard_stops_the_run(tiny_config, tmp_path, capsys):
+    assert main(["prepare", str(tiny_config)]) == 0
+    shard = next((tmp_path / "data").glob("train-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    capsys.readouterr()
+    error = refuses(capsys, "train", tiny_config)
+    assert shard.name in error and "block" in error
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(tiny_config, tmp_path, capsys):
+    assert main(["prepare", str(tiny_config)]) == 0
+    capsys.readouterr()
+    model = tmp_path / "data" / "tokenizer.model"
+    overrides = [f"data.tokenizer={model}", "model.vocab_size=400", f"data.folder={tmp_path / 'other'}"]
+    error = refuses(capsys, "train", tiny_config, *overrides)
+    assert "512" in error and "400" in error
+
+
+def test_unknown_commands_and_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["trian"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("train", "prepare", "describe"))

@@ -1,0 +1,48 @@
+"""The README's commands, as written: `make` targets exist, and every `python -m lckv_jax` line runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lckv_jax.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+LINES = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [line[line.index("lckv_jax") + 1 :] for line in LINES if "lckv_jax" in line]
+# the same command on the smallest scale, away from the user's folders
+SMALL = ["model.vocab_size=512", "model.hidden_size=32", "data.seq_len=32", "data.batch_size=2", "train.steps=2",
+         "optimizer.warmup_steps=1", "train.eval_batches=1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_command_runs(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if command[0] == "train":
+        for number in (1, 2):
+            (tmp_path / "books").mkdir(exist_ok=True)
+            (tmp_path / "books" / f"{number}.txt").write_text(README * 3, encoding="utf-8")
+        sources = [f"data.sources=[{tmp_path}/books/**/*.txt]"]
+        command = [*command, *SMALL, *sources, f"out={tmp_path / 'run'}", f"data.folder={tmp_path / 'data'}"]
+    assert main(command) == 0
+    assert capsys.readouterr().out
+
+
+def test_make_targets_are_the_plain_commands():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in LINES:
+        if line[0] == "make":
+            assert re.search(rf"^{line[1]}:", makefile, re.M), line
+    plain = {" ".join(line).replace(".venv/bin", "$(BIN)") for line in LINES}
+    assert {"$(BIN)/python -m lckv_jax train configs/quickstart.yaml", "$(BIN)/python -m pytest -n auto"} <= plain
+    for command in ("$(BIN)/python -m lckv_jax train configs/quickstart.yaml", "$(BIN)/python -m pytest -n auto"):
+        assert f"\t{command}\n" in makefile
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_files_named_in_the_readme_exist():
+    for name in re.findall(r"`((?:configs|tests|benchmarks)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,187 @@
+"""`train` end to end on a tiny model: what it leaves behind, exact resume, refusals."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lckv_jax import checkpoint
+from lckv_jax.config import load_config
+from lckv_jax.data.prepare import load_manifest, prepare
+from lckv_jax.errors import UserError
+from lckv_jax.train import loop
+from lckv_jax.train.loop import train
+from lckv_jax.train.metrics import read_metrics
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch, step):
+    """Makes training die before it runs the given step."""
+    make = loop.make_train_step
+
+    def make_failing(*arguments):
+        function = make(*arguments)
+
+        def run(state, batch):
+            if int(state["step"]) == step:
+                raise Killed
+            return function(state, batch)
+
+        return run
+
+    monkeypatch.setattr(loop, "make_train_step", make_failing)
+
+
+def parameters(config):
+    return jax.tree.map(np.asarray, checkpoint.load(config.out)[0])
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tiny_config, capsys):
+    config = load_config(tiny_config, ["train.steps=60", "train.eval_every=30", "train.save_every=40"])
+    train(config)
+    out = tiny_config.parent / "run"
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 61))
+    assert steps[0]["loss"] == pytest.approx(np.log(512), abs=0.3)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert steps[-1]["tokens_seen"] == 60 * 4 * 32
+    assert {"grad_norm", "learning_rate", "passes", "residual", "tokens_per_second"} <= steps[0].keys()
+    assert steps[0]["passes"] == 4
+    valid = [record for record in records if "valid_loss" in record]
+    assert [record["step"] for record in valid] == [30, 60]
+    assert valid[-1]["valid_perplexity"] == pytest.approx(np.exp(valid[-1]["valid_loss"]))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["40", "60"]
+    _, restored, tokenizer = checkpoint.load(out)
+    assert restored == config
+    assert tokenizer.vocab_size == 512
+    printed = capsys.readouterr().out
+    assert printed.count("tok/s") >= 30
+    assert "validation loss" in printed
+    assert "done: 60 steps" in printed
+
+
+def test_resume_is_bit_identical(tiny_config, tmp_path, monkeypatch, capsys):
+    whole = load_config(tiny_config, [f"out={tmp_path / 'whole'}"])
+    train(whole)
+    broken = load_config(tiny_config, [f"out={tmp_path / 'broken'}"])
+    with monkeypatch.context() as patch:
+        killed_at(patch, 5)
+        with pytest.raises(Killed):
+            train(broken)
+    assert "resuming" not in capsys.readouterr().out
+    train(broken)
+    assert "from step 4" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, parameters(whole), parameters(broken))
+    for one, other in zip(
+        *(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken")), strict=True
+    ):
+        for clock in ("seconds", "tokens_per_second"):
+            one.pop(clock, None)
+            other.pop(clock, None)
+        assert one == other
+    train(broken)  # a finished run stays as it is
+    assert "done: 6 steps" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(finished_config, tmp_path, capsys):
+    config = load_config(finished_config)
+    want = parameters(config)
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+    train(config)
+    printed = capsys.readouterr().out
+    assert "step 6" in printed and "resuming" in printed and "from step 4" in printed
+    jax.tree.map(np.testing.assert_array_equal, want, parameters(config))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.norm_eps=1e-6", r"holds another run: model.norm_eps is 1e-05 there, 1e-06 here"),
+        ("optimizer.learning_rate=1e-3", "learning_rate"),
+        ("model.sharing=0_1_2_3", "sharing is '0_2_2_3' there"),
+        ("seed=1", "seed"),
+    ],
+)
+def test_another_config_in_the_folder_is_refused(finished_config, tmp_path, override, message):
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(UserError, match=message):
+        train(load_config(finished_config, [override]))
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+
+
+def test_a_checkpoint_of_another_config_is_refused_without_config_json(finished_config, tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"checkpoint of step 6 .* has another config: seed is 0 there, 1 here"):
+        train(load_config(finished_config, ["seed=1"]))
+
+
+def test_what_does_not_change_the_numbers_may_change(finished_config, capsys):
+    train(load_config(finished_config, ["train.log_every=1", "train.keep=3", "train.save_every=5", "mesh.fsdp=1"]))
+    assert "done: 6 steps" in capsys.readouterr().out
+
+
+def test_other_data_is_refused(finished_config, tmp_path):
+    """The folder was prepared again, with the same settings, from texts that have changed since."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text(f"{number} is a number. " * 2000)
+    config = load_config(finished_config)
+    other = config.data.model_copy(
+        update={
+            "sources": (f"{texts}/*.txt",),
+            "tokenizer": str(tmp_path / "run" / "tokenizer.model"),
+            "folder": str(tmp_path / "other"),
+        }
+    )
+    manifest = prepare(other, 512)
+    disguised = manifest.model_copy(update={"sources": config.data.sources, "tokenizer": "train"})
+    (tmp_path / "other" / "manifest.json").write_text(disguised.model_dump_json())
+    with pytest.raises(UserError, match="trained on other data"):
+        train(load_config(finished_config, [f"data.folder={tmp_path / 'other'}"]))
+
+
+def test_another_tokenizer_is_refused(finished_config, tmp_path):
+    config = load_config(finished_config)
+    manifest = load_manifest(tmp_path / "data").model_copy(update={"tokenizer_fingerprint": "0" * 64})
+    (tmp_path / "data" / "manifest.json").write_text(manifest.model_dump_json())
+    with pytest.raises(UserError, match="another tokenizer"):
+        train(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
+    config = load_config(
+        tiny_config, ["optimizer.learning_rate=1e38", "optimizer.clip_norm=null", "train.save_every=1"]
+    )
+    with pytest.raises(UserError, match=r"step \d+: (loss|grad_norm) is not finite \(batch \d+ of seed 0\)"):
+        train(config)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert records[-1]["loss"] is None or records[-1]["grad_norm"] is None
+    assert records[-1]["non_finite"]
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert all(step < records[-1]["step"] for step in saved)
+
+
+def test_passes_follow_their_schedule(tiny_config, tmp_path):
+    train(load_config(tiny_config, ["train.no_grad_passes_schedule=[[0, 1], [2, 5], [4, 3]]"]))
+    passes = [r["passes"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "passes" in r]
+    assert passes == [3, 3, 7, 7, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "overrides", [["model.dtype=bfloat16", "model.remat=true"], ["model.tolerance=0.5", "train.z_loss=1e-4"]]
+)
+def test_other_settings_train(tiny_config, tmp_path, overrides):
+    train(load_config(tiny_config, ["train.steps=40", *overrides]))
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0] - 0.5
