@@ -1,6 +1,6 @@
 """Kills a training run at random moments, restarts it each time with the same command, and compares the result.
 
-    python benchmarks/kill_and_resume.py configs/quickstart.yaml [--kills 5] [--seed 0] [a.b=c ...]
+    python -m benchmarks.kill_and_resume configs/quickstart.yaml [--kills 5] [--seed 0] [a.b=c ...]
 
 One run goes through undisturbed; a second, with data and output folders of its own, is ended with SIGKILL again and
 again, also while it prepares data, compiles or saves. Exit code 0 if both end with bit-identical parameters.
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as parent:
         undisturbed, disturbed = Path(parent) / "undisturbed", Path(parent) / "disturbed"

@@ -1,6 +1,6 @@
 """Seconds a training step of the 50M models on this machine, standard against LCKV, and what the FLOP formula predicts.
 
-    python benchmarks/train_step.py [--rounds 5] [a.b=c ...]
+    python -m benchmarks.train_step [--rounds 5] [a.b=c ...]
 
 Float32, AdamW included, random tokens, the loss waited for; compilation apart. The two models take turns.
 """
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     results = []
     print(f"{'batch':>9} {'model':>6} {'compile s':>10} {'step s (min - max)':>24} {'tok/s':>8} {'GFLOP/s':>9}")
     for rows, length in SHAPES:

@@ -220,7 +220,7 @@ def _read_meta(folder: epath.Path) -> Meta:
 
 def _read(folder: epath.Path, **items: Any) -> dict[str, Any]:
     """Items of one step. Each process reads alone, for in orbax' barriers the others would wait for one that fails."""
-    alone = ocp.options.MultiprocessingOptions()
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
         return dict(checkpointer.restore(folder, args=ocp.args.Composite(**items)).items())
 

@@ -20,7 +20,7 @@ MODEL = """
   num_heads: 4
   num_kv_heads: 2
   head_dim: 6"""
-MINIMAL = f"out: runs/x\ntrain:\n  steps: 3\nmodel:{MODEL}\n"
+MINIMAL = f"out: runs/x\ntrain:\n  steps: 30\nmodel:{MODEL}\n"
 FULL = f"""
 out: runs/full
 seed: 3
@@ -34,7 +34,7 @@ data:
   sources: [builtin, "texts/*.txt"]
 optimizer: {{learning_rate: 1E-3, clip_norm: null}}
 train:
-  steps: 3
+  steps: 30
   no_grad_passes_schedule: [[0, 2], [1000, 7]]
 mesh: {{data: 2, fsdp: -1}}
 """
@@ -111,7 +111,7 @@ def test_there_are_shipped_configs():
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("train.steps=10", 10),
+        ("train.steps=100", 100),
         ("optimizer.learning_rate=1e-3", 1e-3),
         ("optimizer.learning_rate=2", 2.0),
         ("optimizer.learning_rate=.5e+1", 5.0),
@@ -259,7 +259,7 @@ def test_schedule_is_pairs_of_step_and_passes(load, schedule):
     ("missing", "message"),
     [
         ("out: runs/x\n", "^FILE: out: is missing and has no default; add it$"),
-        ("  steps: 3\n", "^FILE: train: "),
+        ("  steps: 30\n", "^FILE: train: "),
         ("  head_dim: 6", "^FILE: model.head_dim: is missing and has no default; add it$"),
         (f"model:{MODEL}\n", "^FILE: model: is missing"),
     ],
@@ -276,6 +276,7 @@ def test_missing_keys(load, missing, message):
         ("model.num_kv_heads=8", "num_heads=4 is not a multiple of num_kv_heads=8"),
         ("model.head_dim=7", "head_dim=7 is odd"),
         ("model.num_layers=0", "model.num_layers: .*greater than 0"),
+        ("optimizer.warmup_steps=30", "optimizer.warmup_steps=30 leaves nothing of train.steps=30; warm up for fewer"),
     ],
 )
 def test_sizes_must_fit(load, override, message):

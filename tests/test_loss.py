@@ -1,4 +1,4 @@
-"""The chunked loss against plain float64 formulas, what it never holds in memory, and freshly initialised parameters."""
+"""The chunked loss against plain float64 formulas, what it never holds in memory, and initial parameters."""
 
 import re
 from functools import partial
@@ -222,10 +222,10 @@ def test_parameter_tree(changes, shapes):
 
 @pytest.fixture(scope="module")
 def initialise():
-    """Seed -> parameters by name, with init_std 0.05."""
+    """Seed -> parameters by name, with init_std 0.05; from the generator that compiles fastest."""
     config = ModelConfig(**SIZES | {"init_std": 0.05, "vocab_size": 300, "attention_bias": True, "mlp_bias": True})
     compiled = jax.jit(partial(init_params, config))
-    return lambda seed: flatten_dict(jax.device_get(compiled(jax.random.key(seed))), sep="/")
+    return lambda seed: flatten_dict(jax.device_get(compiled(jax.random.key(seed, impl="rbg"))), sep="/")
 
 
 def test_initial_values(initialise):

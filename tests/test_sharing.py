@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -158,7 +159,7 @@ def test_spans_are_the_smallest_closed_partition(sharing):
             assert max(reads) == span.stop - 1  # nothing above the end is read, and the end is read
             for stop in range(span.start + 1, span.stop):  # any shorter one is left by some reader
                 assert max(sharing.sources[span.start : stop]) >= stop
-    for below, above in zip(spans, spans[1:]):
+    for below, above in pairwise(spans):
         assert below.cyclic or above.cyclic  # spans that run once are not cut
 
 
@@ -179,7 +180,7 @@ def test_runs_partition_the_span_by_one_rule(sharing):
                 assert all(sharing.sources.count(i) == 1 and sharing.sources[i] == i for i in layers)
         if span.cyclic:
             assert runs[-1].start == span.stop - 1 and runs[-1].owners
-        for a, b in zip(runs, runs[1:]):  # and none is cut without need
+        for a, b in pairwise(runs):  # and none is cut without need
             private = all(sharing.sources.count(i) == 1 and sharing.sources[i] == i for i in (a.start, b.start))
             same = (not a.owners and a.source is not None) or (private and not (span.cyclic and b is runs[-1]))
             assert a[2:] != b[2:] or not same

@@ -110,12 +110,14 @@ def hidden_states(
     """Everything but the head. Arguments as in `forward`."""
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise UserError("model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment; set it, or use float32")
+    params, tokens_BT = jax.tree.map(jnp.asarray, (params, tokens_BT))  # numpy cannot be indexed by traced tokens
     no_grad_passes = config.no_grad_passes if no_grad_passes is None else no_grad_passes
     grad_passes = config.grad_passes if grad_passes is None else max(grad_passes, 1)  # an official b = 0 means 1
     if positions_BT is None:
         positions_BT = positions_in_segments(tokens_BT, segment_ids_BT)
     context = make_context(config, positions_BT, segment_ids_BT)
-    x = constrain(params["embed"][tokens_BT].astype(config.dtype), "BTD")
+    embed_VD = constrain(params["embed"], "VD")  # gathered over fsdp first: a lookup in a split width would replicate
+    x = constrain(embed_VD[tokens_BT].astype(config.dtype), "BTD")
     slots: Slots = {}
     passes, residual = jnp.ones((), jnp.int32), jnp.zeros((), jnp.float32)
     for span in config.sharing.spans():
