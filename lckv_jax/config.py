@@ -43,7 +43,9 @@ Schedule = Annotated[tuple[tuple[NonNegative, Positive], ...], BeforeValidator(_
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
 
 
 class RopeScaling(_Frozen):
@@ -237,10 +239,12 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, but 1e-3 is a number and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore[reportUnknownArgumentType]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"line {node.start_mark.line + 1}: the key {key!r} is given twice; keep one")
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"line {line}: the key {key_node.value!r} is given twice; keep one")
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 

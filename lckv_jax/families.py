@@ -129,6 +129,8 @@ def family_entries(text: str, num_layers: int) -> list[str]:
         argument = int(number) if re.fullmatch(r"-?\d+", number) else number
         if not equals:
             positional.append(argument)
+        elif key in keywords:
+            raise UserError(f"sharing: {name}: {key} is given twice in {text!r}; keep one")
         elif key in names:
             keywords[key] = argument
         else:
@@ -139,6 +141,7 @@ def family_entries(text: str, num_layers: int) -> list[str]:
     if missing or len(positional) > len(names) or set(keywords) & set(names[: len(positional)]):
         raise UserError(f"sharing: cannot read {text!r}; write {name}({', '.join(f'{arg}=...' for arg in names)})")
     for arg, value in arguments.items():
-        if (arg in ("partition", "target")) != isinstance(value, str):
-            raise UserError(f"sharing: {name}: {arg}={value!r} is not a {'word' if arg == 'target' else 'number'}")
+        expects_word = arg in ("partition", "target")
+        if expects_word != isinstance(value, str):
+            raise UserError(f"sharing: {name}: {arg}={value!r} is not a {'word' if expects_word else 'number'}")
     return family(num_layers, **arguments)

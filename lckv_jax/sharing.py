@@ -208,7 +208,8 @@ class KVSharing:
         """Matrix-product FLOPs a token at sequence length `seq_len` (2 a multiply-add; backward = 2 forwards).
 
         Counts what is computed: in every pass but the last, the highest owner of a cyclic span computes K,V only; the
-        first pass from a zero start has no attention in upward layers; head and later spans run once. Attention
+        first pass from a zero start has no attention in upward layers, a start from the input projects its K,V once
+        more; head and later spans run once. Attention
         counts only the keys that a query may read. Recomputation (remat) is not counted.
         """
         queries = 4 * hidden_size * num_heads * head_dim  # wq and wo
@@ -231,6 +232,8 @@ class KVSharing:
         frozen = trained = 0.0
         passes = no_grad_passes + grad_passes
         for span in self.spans():
+            if span.cyclic and start == "input":
+                frozen += kv * len(self.upward_sources(span))
             for number in range(passes if span.cyclic else 1):
                 last = not span.cyclic or number == passes - 1
                 cost = one_pass(span, first=span.cyclic and number == 0 and start == "zero", last=last)

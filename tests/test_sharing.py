@@ -17,11 +17,12 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, database=Non
 
 @st.composite
 def maps(draw, max_layers=14):
-    """Maps whose layers read near or far, up or down, with and without windows."""
+    """Maps whose layers read themselves, or near or far, up or down, with and without windows."""
     num_layers = draw(st.integers(1, max_layers))
     reach = draw(st.integers(1, num_layers))
     sources = [
-        draw(st.integers(max(0, layer - reach), min(num_layers - 1, layer + reach))) for layer in range(num_layers)
+        draw(st.just(layer) | st.integers(max(0, layer - reach), min(num_layers - 1, layer + reach)))
+        for layer in range(num_layers)
     ]
     windowed = draw(st.lists(st.booleans(), min_size=num_layers, max_size=num_layers))
     return KVSharing(tuple(sources), tuple(windowed))
