@@ -18,8 +18,8 @@ from lckv_jax.parallel.mesh import batch_sharding, make_mesh, parameter_sharding
 from lckv_jax.train.state import init_state
 
 config = ModelConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=8,
-    sharing="0_2_2_3", no_grad_passes=2, init_std=0.2, attention_bias=True, remat=False,
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=8,
+    sharing="1_1_2", no_grad_passes=1, init_std=0.2, attention_bias=True, remat=False,
 )  # fmt: skip
 rng = np.random.default_rng(0)
 tokens = rng.integers(0, 64, (8, 33)).astype(np.int32)
@@ -43,7 +43,7 @@ def loss_and_gradients(mesh_config, devices):
 
 
 want, want_grads, _ = loss_and_gradients(MeshConfig(), jax.devices()[:1])
-for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}):
+for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4}):
     value, grads, mesh = loss_and_gradients(MeshConfig(**sizes), jax.devices())
     assert abs(value - want) <= 1e-5, (sizes, value, want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), grads, want_grads)

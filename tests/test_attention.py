@@ -145,11 +145,12 @@ def test_bfloat16_is_close(strict):
     np.testing.assert_allclose(np.asarray(got, np.float64), looped(a, strict=strict), atol=0.03)
 
 
-def test_softmax_sums_in_float32():
-    """The mean of 1000 ones is one; a sum in bfloat16 would stop at 256."""
-    a = arrays([999], np.arange(1000), dtype=jnp.bfloat16)
-    a |= {"q": np.zeros_like(a["q"]), "v": np.ones_like(a["v"])}
-    np.testing.assert_allclose(np.asarray(run(a, strict=False), np.float64), 1.0, rtol=0.004)
+def test_logits_of_bfloat16_are_float32():
+    """100 and 100.25 would be one number in bfloat16."""
+    a = arrays([1], [0, 1], heads=(1, 1), dtype=jnp.bfloat16)
+    a["q"][:], a["k"][:], a["v"][:] = [2, 2, 0, 0], [[[100, 0, 0, 0]], [[100, 0.25, 0, 0]]], [[[0] * 4], [[1] * 4]]
+    want = np.exp(0.25) / (1 + np.exp(0.25))
+    np.testing.assert_allclose(np.asarray(run(a, strict=False), np.float64), want, atol=0.004)
 
 
 def test_float64_in_float64_out():

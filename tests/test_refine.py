@@ -124,9 +124,7 @@ def test_causality_by_gradients(spec):
     assert np.all(np.abs(np.asarray(grads[: at + 1])).sum(1) > 0.0) or config.sharing.windowed != (False,) * 6
 
 
-@pytest.mark.parametrize(
-    "spec", ["lckv(warmup=2)", "grid(sandwich,middle,3)", "1_2s_0_3_3_3", "3_3_3_0_4s_4", "0_2_2_1_4_5"]
-)
+@pytest.mark.parametrize("spec", ["grid(sandwich,middle,3)", "3_3_3_0_4s_4", "0_2_2_1_4_5"])
 def test_no_grad_passes_carry_no_gradient(spec):
     """The gradient is that of b passes, run layer by layer, after m passes of other, constant parameters."""
     config, params, tokens = make(spec, remat=False)
