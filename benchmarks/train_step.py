@@ -87,6 +87,10 @@ def main() -> int:
             f"{rows:>3} x {length:<3} LCKV/standard: measured {measured:.3f}, predicted {predicted:.3f}, "
             f"measured/predicted {measured / predicted:.3f}"
         )
+    deep = ["model.num_layers=22", "model.sharing=lckv", "model.hidden_size=64", "model.intermediate_size=128"]
+    deep += ["model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=16", "data.batch_size=1", "data.seq_len=256"]
+    seconds = prepare_step(load_config(CONFIGS / "lckv-50m.yaml", [*deep, *options.overrides]))[1]
+    print(f"compiling the step of 22 layers of width 64, LCKV: {seconds:.1f} s")
     if options.json:
         options.json.write_text(
             json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "cells": results})

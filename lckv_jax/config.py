@@ -138,6 +138,7 @@ class ModelConfig(_Frozen):
             no_grad_passes=self.no_grad_passes,
             grad_passes=self.grad_passes,
             start=self.start,
+            strict_everywhere=self.strict_everywhere,
         )
 
 

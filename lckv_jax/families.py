@@ -117,8 +117,8 @@ def family_entries(text: str, num_layers: int) -> list[str]:
     match = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", text)
     name = match[1].lower() if match else text
     if not match or name not in _FAMILIES:
-        near = difflib.get_close_matches(name, _FAMILIES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known families: {', '.join(_FAMILIES)}"
+        near = difflib.get_close_matches(name, _FAMILIES, 2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known families: {', '.join(_FAMILIES)}"
         raise UserError(f"sharing: {text!r} is neither a map such as 0_6_6_6_6_6_6_7 nor a known family; {hint}")
     family = _FAMILIES[name]
     names = [arg for arg in family.__code__.co_varnames[1 : family.__code__.co_argcount]]

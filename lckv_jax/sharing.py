@@ -159,8 +159,8 @@ class KVSharing:
         """The runs of a span in order.
 
         Layers share a run if they read one slot that none of them computes, or if each reads only its own and nobody
-        else reads it. The last layer of a cyclic span is a run of its own: it is the highest owner, which computes
-        only K,V in every pass but the last.
+        else reads it. So the last layer of a cyclic span, which others read, is a run of its own: the highest owner,
+        which computes only K,V in every pass but the last.
         """
 
         def rule(layer: int) -> tuple:
@@ -168,8 +168,7 @@ class KVSharing:
             if layer not in self.owners:
                 return ("reads", self.sources[layer], upward, windowed)
             private = self.donors(self.owners.index(layer)) == (layer,)
-            alone = not private or (span.cyclic and layer == span.stop - 1)
-            return ("own", layer if alone else None, upward, windowed)
+            return ("own", None if private else layer, upward, windowed)
 
         runs = []
         for _, group in itertools.groupby(range(span.start, span.stop), key=rule):
@@ -204,6 +203,7 @@ class KVSharing:
         no_grad_passes: int = 7,
         grad_passes: int = 2,
         start: str = "zero",
+        strict_everywhere: bool = False,
     ) -> Flops:
         """Matrix-product FLOPs a token at sequence length `seq_len` (2 a multiply-add; backward = 2 forwards).
 
@@ -218,8 +218,8 @@ class KVSharing:
 
         def attention(layer: int) -> float:
             length = min(window, seq_len) if window and self.windowed[layer] else seq_len
-            keys = length - length * (length - 1) / (2 * seq_len) - self.upward[layer]
-            return queries + 4 * num_heads * head_dim * max(keys, 0.0)
+            keys = length - length * (length - 1) / (2 * seq_len) - (self.upward[layer] or strict_everywhere)
+            return queries + 4 * num_heads * head_dim * keys
 
         def one_pass(span: Span, *, first: bool, last: bool) -> float:
             total = 0.0
@@ -295,7 +295,7 @@ def _entries_of_text(text: str, num_layers: int) -> list[str]:
         return text.split("_")
     entries: list[str] = []
     for item in text.split():
-        match = re.fullmatch(r"(\d+s?)(?:\*(\d+))?", item)
+        match = re.fullmatch(r"(\d+s?)(?:\*([1-9]\d*))?", item)
         if not match:
             raise UserError(
                 f"sharing: layer {len(entries)}: {item!r} is not SOURCE or SOURCE*COUNT; write, for example, 0 20*20 21"

@@ -257,3 +257,11 @@ def test_the_module_declares_the_tree():
     module = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
     declared = flatten_dict(nnx.to_pure_dict(nnx.state(module)), sep="/")
     assert {name: p.shape for name, p in declared.items()} == BASE_SHAPES | HEAD_SHAPE
+
+
+def test_rows_of_one_token_have_no_loss():
+    config = ModelConfig(
+        vocab_size=5, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=4
+    )
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        loss({}, config, jnp.zeros((2, 1), jnp.int32))

@@ -313,6 +313,12 @@ def test_flops_of_known_models(sizes, num_layers, spec, zero_start, input_start)
         assert flops(sharing, **sizes, m=m, start="input").train / standard.train == pytest.approx(want, rel=0.015)
 
 
+def test_strict_everywhere_reads_one_key_less():
+    sizes = dict(hidden_size=8, intermediate_size=8, num_heads=3, num_kv_heads=1, head_dim=5, vocab_size=7, seq_len=10)
+    usual, strict = (parse("cla", 4).flops(**sizes, strict_everywhere=strict) for strict in (False, True))
+    assert usual.forward - strict.forward == 4 * 4 * 3 * 5  # layers, FLOPs a key and head dimension, heads, head size
+
+
 def test_flops_of_a_standard_token():
     """6.76 GFLOP a token of TinyLlama and 41.3 of a 7B model, forward and backward, at length 2048."""
     assert flops(parse("standard", 22), **TINYLLAMA).train == pytest.approx(6.76e9, rel=0.01)
@@ -379,6 +385,7 @@ QUOTE = 'YAML.*quote it, as in sharing: "0_6_6_6_6_6_6_7"'
         ("grid(pizza, top, 0)", 8, "kv_layers=0 of 8 layers; give 1 to 8"),
         ("grid(lasagna, bottom, 9)", 8, "kv_layers=9 of 8 layers; give 1 to 8"),
         ("grid(pizza, top, 1)", 8, "kv_layers=1 and target=top layer 0 would not own .* give at least 2"),
+        ("0 1*0 1*2", 3, r"layer 1: '1\*0' is not SOURCE or SOURCE\*COUNT"),
         ("grid(lasagna, middle, 1)", 8, "kv_layers=1 and target=middle"),
     ],
 )

@@ -56,6 +56,9 @@ def loss_sum(
     count: labels that are not -100. nll: the sum without the z-loss term z_loss * logsumexp^2 (2204.02311, 5).
     chunk: positions of a row whose logits exist at once.
     """
+    T = batch["tokens"].shape[1] - 1
+    if T < 1:
+        raise ValueError("the loss needs rows of at least 2 tokens: there is no next token in a row of 1")
     hidden = hidden_states(
         params,
         config,
@@ -66,7 +69,6 @@ def loss_sum(
         grad_passes=grad_passes,
     )
     labels_BT = batch["labels"][:, 1:]
-    T = labels_BT.shape[1]
     chunk = min(chunk, -(-T // 2))  # at least two chunks: never all logits at once
     total, nll = _cross_entropy(hidden.x_BTD, head_matrix(params, config), labels_BT, chunk, z_loss)
     count = jnp.sum(labels_BT != IGNORED)
