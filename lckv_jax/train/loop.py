@@ -231,9 +231,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _summarise(config: RunConfig, out: Path, say: Callable[[str], None]) -> None:
     records = read_metrics(out / "metrics.jsonl")
     draw_loss_curve(records, config.model.vocab_size, out / "loss.png")
-    last = next(record for record in reversed(records) if "valid_loss" in record)
-    say(
-        f"done: {config.train.steps} steps, {last['tokens_seen']:,} tokens, validation loss {last['valid_loss']:.4f} "
-        f"(from ln(V) = {math.log(config.model.vocab_size):.2f}), perplexity {last['valid_perplexity']:,.1f}"
-    )
+    say(f"done: {config.train.steps} steps of {config.data.batch_size * config.data.seq_len:,} tokens")
+    validated = [record for record in records if record.get("valid_loss") is not None]
+    if validated:
+        loss, perplexity = validated[-1]["valid_loss"], validated[-1]["valid_perplexity"]
+        say(
+            f"validation loss {loss:.4f} (ln(V) is {math.log(config.model.vocab_size):.2f}), perplexity {perplexity:,.1f}"
+        )
     say(f"checkpoint {out / 'checkpoints' / str(config.train.steps)}, loss curve {out / 'loss.png'}")

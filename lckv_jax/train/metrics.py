@@ -95,22 +95,16 @@ def _clock(seconds: float) -> str:
 def draw_loss_curve(records: list[Record], vocab_size: int, path: Path) -> None:
     """Writes a PNG of the training and validation loss over tokens read, in nats a token."""
     from matplotlib.figure import Figure  # half a second to import, and only needed at the end
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    trained = [record for record in records if record.get("loss") is not None]
-    validated = [record for record in records if record.get("valid_loss") is not None]
-    tokens = {record["step"]: record["tokens_seen"] for record in trained}
     axes.axhline(math.log(vocab_size), color="0.7", linestyle=":", label="ln(V): nothing learnt")
-    axes.plot(list(tokens.values()), [record["loss"] for record in trained], color="tab:blue", lw=1, label="training")
-    axes.plot(
-        [tokens[record["step"]] for record in validated],
-        [record["valid_loss"] for record in validated],
-        "o-",
-        color="tab:orange",
-        label="validation",
-    )
+    for key, style, label in (("loss", "C0-", "training"), ("valid_loss", "C1o-", "validation")):
+        told = [record for record in records if record.get(key) is not None]
+        axes.plot([r["tokens_seen"] for r in told], [r[key] for r in told], style, lw=1, label=label)
     axes.set(xlabel="tokens", ylabel="loss (nats a token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
