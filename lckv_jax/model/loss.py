@@ -70,7 +70,8 @@ def loss_sum(
     )
     labels_BT = batch["labels"][:, 1:]
     chunk = min(chunk, -(-T // 2))  # at least two chunks: never all logits at once
-    total, nll = _cross_entropy(hidden.x_BTD, head_matrix(params, config), labels_BT, chunk, z_loss)
+    head = constrain(head_matrix(params, config), "DV")  # gathered once, not in every chunk
+    total, nll = _cross_entropy(hidden.x_BTD, head, labels_BT, chunk, z_loss)
     count = jnp.sum(labels_BT != IGNORED)
     return total, {"count": count, "nll": nll, "passes": hidden.passes, "residual": hidden.residual}
 

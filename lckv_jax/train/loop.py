@@ -235,7 +235,6 @@ def _summarise(config: RunConfig, out: Path, say: Callable[[str], None]) -> None
     validated = [record for record in records if record.get("valid_loss") is not None]
     if validated:
         loss, perplexity = validated[-1]["valid_loss"], validated[-1]["valid_perplexity"]
-        say(
-            f"validation loss {loss:.4f} (ln(V) is {math.log(config.model.vocab_size):.2f}), perplexity {perplexity:,.1f}"
-        )
+        untrained = math.log(config.model.vocab_size)
+        say(f"validation loss {loss:.4f} (ln(V) is {untrained:.2f}), perplexity {perplexity:,.1f}")
     say(f"checkpoint {out / 'checkpoints' / str(config.train.steps)}, loss curve {out / 'loss.png'}")
