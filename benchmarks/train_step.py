@@ -1,6 +1,6 @@
 """Seconds a training step of the 50M models on this machine, standard against LCKV, and what the FLOP formula predicts.
 
-    python -m benchmarks.train_step [--rounds 5] [a.b=c ...]
+    python -m benchmarks.train_step [--rounds 5] [--json FILE] [a.b=c ...]
 
 Float32, AdamW included, random tokens, the loss waited for; compilation apart. The two models take turns.
 """

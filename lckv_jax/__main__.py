@@ -44,12 +44,16 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code: 0, or 2 after one sentence about what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m lckv_jax", description=__import__("lckv_jax").__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m lckv_jax", description="Pretraining of transformers whose layers share keys and values."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         subparser = commands.add_parser(name, help=command.help, description=command.help)
         subparser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
-        subparser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, such as train.steps=10")
+        subparser.add_argument(
+            "overrides", nargs="*", metavar="a.b=c", help="overrides, such as optimizer.learning_rate=1e-3"
+        )
     options = parser.parse_args(arguments)
     try:
         _COMMANDS[options.command].function(load_config(options.config, options.overrides))

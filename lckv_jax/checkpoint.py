@@ -6,16 +6,14 @@ that a step appears whole or not at all, but not that its bits stay: `meta` hold
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import errno
 import gc
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -29,9 +27,13 @@ from jax.experimental import multihost_utils
 
 from lckv_jax.config import RunConfig, build_config, config_json
 from lckv_jax.errors import UserError
+from lckv_jax.orbax_noise import quieten_orbax, reading_quietly
 
 if TYPE_CHECKING:
     from lckv_jax.data.tokenizer import Tokenizer
+
+# Why a file cannot be read although it may be whole.
+_PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 
 State = dict[str, Any]
 Meta = dict[str, Any]
@@ -54,7 +56,7 @@ def open_checkpoints(folder: str | Path, keep: int) -> ocp.CheckpointManager:
     Removes what killed saves left behind, so only the one run that writes to `folder` may call it. Close the manager,
     or use it in `with`: that waits for the save in flight. Raises UserError if the folder cannot be made or read.
     """
-    _quieten_orbax()
+    quieten_orbax()
     where = _absolute(folder)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
@@ -64,7 +66,7 @@ def open_checkpoints(folder: str | Path, keep: int) -> ocp.CheckpointManager:
             for path in where.iterdir():
                 if path.name.isdecimal() and not any(path.iterdir()):
                     path.rmdir()  # orbax would take it for a step
-        with _reading_quietly():
+        with reading_quietly():
             return ocp.CheckpointManager(where, options=options)
     except OSError as error:
         raise UserError(f"{where}: cannot hold checkpoints: {error.strerror or error}") from error
@@ -108,11 +110,11 @@ def restore(
 
     abstract_state: the tree wanted, of jax.ShapeDtypeStruct with shardings; any mesh, not only that of the save.
     check: called with the metadata of a step before its arrays are read, to refuse it by raising.
-    report: told in one line of each step that is unusable. Such steps are deleted once an older one is found good,
-    since orbax would not save the steps that follow it otherwise.
+    report: told in one line of each step that is unusable. Once an older one is found good, such steps are moved
+    to FOLDER.unusable/, since orbax would not save the steps that follow it otherwise.
     Metadata: step, config (for `build_config`), sharing, manifest, tokenizer, versions, leaves.
     Raises UserError if there are steps but none is usable, or if a step has other leaves, dtypes or shapes than
-    `abstract_state`; nothing is deleted then. All processes must call it.
+    `abstract_state`, or cannot be read for a reason of this machine; nothing is moved then. All processes must call it.
     """
 
     def select(meta: Meta) -> State:
@@ -124,11 +126,10 @@ def restore(
     found = _newest_usable(manager.directory, select, report)
     if found is None:
         return None
-    for step in found.unusable:
-        manager.delete(step)
     if found.unusable:
+        aside = _set_aside(manager, found.unusable)
         steps = ", ".join(str(step) for step in found.unusable)
-        report(f"checkpoints: going back to step {found.meta['step']}; deleted the unusable {steps}")
+        report(f"checkpoints: going back to step {found.meta['step']}; moved the unusable {steps} to {aside.name}/")
     return found.state, found.meta
 
 
@@ -142,7 +143,7 @@ def load(
     RUN/tokenizer.model, None where that is absent. `report` is told of steps passed over.
     Raises UserError if the folder is neither, or holds no usable checkpoint.
     """
-    _quieten_orbax()
+    quieten_orbax()
     folder = _absolute(run_or_checkpoint)
     if (folder / "checkpoints").is_dir():
         run, found = folder, _newest_usable(folder / "checkpoints", _select_params, report)
@@ -167,7 +168,10 @@ def load(
         return state["params"], config, None
     from lckv_jax.data.tokenizer import load_tokenizer  # only here: models without text need no tokenizer library
 
-    return state["params"], config, load_tokenizer(Path(os.fspath(path)))
+    tokenizer = load_tokenizer(Path(os.fspath(path)))
+    if meta["tokenizer"] not in ("", tokenizer.fingerprint):
+        raise UserError(f"{path} is not the tokenizer that the run was trained with; put that one back")
+    return state["params"], config, tokenizer
 
 
 # ---------------------------------------------------------------- reading
@@ -189,6 +193,20 @@ def _newest_usable(folder: epath.Path, select: Callable[[Meta], State], report: 
         f"{folder}: none of its {len(unusable)} checkpoints is usable (step {newest}: {unusable[newest]}); "
         "put back a good copy of one, or move this folder away to start afresh"
     )
+
+
+def _set_aside(manager: ocp.CheckpointManager, steps: tuple[int, ...]) -> epath.Path:
+    """Moves steps out of the manager's sight, to a folder beside its own, which is returned."""
+    aside = manager.directory.parent / f"{manager.directory.name}.unusable"
+    if jax.process_index() == 0:
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            if (aside / str(step)).exists():
+                (aside / str(step)).rmtree()  # the same step, damaged once before
+            (manager.directory / str(step)).rename(aside / str(step))
+    multihost_utils.sync_global_devices("unusable checkpoints are set aside")
+    manager.reload()
+    return aside
 
 
 def _steps(folder: epath.Path) -> list[int]:
@@ -228,12 +246,16 @@ def _read(folder: epath.Path, **items: Any) -> dict[str, Any]:
 def _together(action: Callable[[], T]) -> T:
     """The result of `action`; if it fails in one process, all of them raise _Unusable."""
     result, problem = None, ""
-    with _reading_quietly():
+    with reading_quietly():
         try:
             result = action()
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
             if isinstance(_root(error), (MemoryError, jax.errors.JaxRuntimeError)):
                 raise  # this machine's trouble, not the checkpoint's: it must not cost a step
+            if isinstance(root := _root(error), OSError) and root.errno in _PASSING:
+                raise UserError(
+                    f"{root.filename or 'a checkpoint'} cannot be read: {root.strerror}; mend that and run again"
+                ) from error
             logging.getLogger(__name__).debug("a checkpoint is unusable", exc_info=True)
             problem = _reason(error)
         if problem:
@@ -334,53 +356,3 @@ def _package_version() -> str:
         return importlib.metadata.version("lckv-jax")
     except importlib.metadata.PackageNotFoundError:
         return "source"
-
-
-# ---------------------------------------------------------------- what orbax says beside its exceptions
-
-
-def _quieten_orbax() -> None:
-    logging.getLogger("absl").addFilter(_is_worth_reading)
-
-
-def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Orbax warns of its own habits; an error in one of its threads is worth reading."""
-    return record.levelno >= logging.ERROR or not _is_from_orbax(record)
-
-
-def _is_from_orbax(record: logging.LogRecord) -> bool:
-    return os.path.join("orbax", "checkpoint", "") in record.pathname
-
-
-@contextlib.contextmanager
-def _reading_quietly() -> Iterator[None]:
-    """A failed read is told in our words; the log of orbax and the remains of other reads stay off the terminal."""
-
-    def is_foreign(record: logging.LogRecord) -> bool:
-        return not _is_from_orbax(record)
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_foreign)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        policy = asyncio.get_event_loop_policy()
-        policy.new_event_loop = _DrainingLoop
-        try:
-            yield
-        finally:
-            vars(policy).pop("new_event_loop", None)
-            logger.removeFilter(is_foreign)
-
-
-class _DrainingLoop(asyncio.SelectorEventLoop):
-    """Closes when its tasks are done. Orbax closes its loop at the first failed read, over the pending ones."""
-
-    def close(self) -> None:
-        async def drain(tasks: set[asyncio.Task]) -> None:
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        try:
-            if tasks := asyncio.all_tasks(self):
-                self.run_until_complete(drain(tasks))
-        finally:
-            super().close()

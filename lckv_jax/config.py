@@ -124,9 +124,9 @@ class ModelConfig(_Frozen):
             raise ValueError("tolerance needs no_grad_passes of at least 1, which it bounds")
         return self
 
-    def flops(self, seq_len: int, sharing: KVSharing | None = None) -> Flops:
-        """FLOPs a token at `seq_len` with this map, or with another one on the same sizes (see KVSharing.flops)."""
-        return (sharing or self.sharing).flops(
+    def flops(self, seq_len: int) -> Flops:
+        """FLOPs a token at `seq_len` (see KVSharing.flops)."""
+        return self.sharing.flops(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_heads=self.num_heads,
@@ -208,7 +208,8 @@ class MeshConfig(_Frozen):
     def _check(self) -> MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ValueError("each axis is a positive size, and at most one is -1")
+            sizes_text = f"data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}"
+            raise ValueError(f"{sizes_text}: each axis is a positive size, and at most one is -1")
         return self
 
 
@@ -216,7 +217,7 @@ class RunConfig(_Frozen):
     """Everything that a run depends on."""
 
     out: str = Field(description="folder of the run: checkpoints, metrics, plots")
-    seed: NonNegative = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -228,8 +229,13 @@ class RunConfig(_Frozen):
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps="
-                f"{self.train.steps}; warm up for fewer steps"
+                f"{self.train.steps}; warm up for fewer steps, such as optimizer.warmup_steps={self.train.steps // 10}"
             )
+        for name, folder in (("out", self.out), ("data.folder", self.data.folder)):
+            if "://" in folder:
+                raise ValueError(f"{name}={folder} is a bucket; give a local or mounted folder")
+        if Path(self.out) == Path(self.data.folder):
+            raise ValueError(f"out and data.folder are both {self.out}; give each a folder of its own")
         return self
 
 
@@ -242,6 +248,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word")
             if key_node.value in seen:
                 line = key_node.start_mark.line + 1
                 raise UserError(f"line {line}: the key {key_node.value!r} is given twice; keep one")

@@ -31,6 +31,7 @@ def _lines(config: RunConfig) -> Iterator[str]:
     yield ""
     yield model.sharing.diagram()
     yield ""
+    yield "[K,V] computes keys and values; ^ reads a layer above, v one below; +|+ layers solved together by passes"
     if model.sharing.cyclic:
         yield (
             f"passes over a cyclic span: m = {model.no_grad_passes} without and b = {model.grad_passes} with gradient, "

@@ -83,7 +83,7 @@ class KVSharing:
             raise UserError(f"sharing: num_layers is {num_layers}; a model has at least 1 layer")
         if isinstance(spec, KVSharing):
             entries: list[str] = str(spec).split("_")
-        elif isinstance(spec, (int, float)):
+        elif isinstance(spec, (int, float)) and not isinstance(spec, bool):
             raise UserError(
                 f"sharing: got the number {spec}, because YAML 1.1 reads the underscores of an unquoted map "
                 'as one number; quote it, as in sharing: "0_6_6_6_6_6_6_7"'

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit or not at all: damage of any kind is noticed, said and survived."""
 
+import errno
 import os
 import random
 import resource
@@ -145,7 +146,9 @@ def test_flipped_bits_fall_back_and_say_so(tmp_path):
         if meta["step"] == 1:
             fallen += 1
             assert lines[0].startswith("checkpoints: step 2 is unusable: ")
-            assert lines[1:] == ["checkpoints: going back to step 1; deleted the unusable 2"]
+            assert lines[1:] == [
+                "checkpoints: going back to step 1; moved the unusable 2 to " + f"{folder.name}.unusable/"
+            ]
             assert steps_in(folder) == [1]
     assert fallen >= 6
 
@@ -207,10 +210,16 @@ def test_other_damage_falls_back_past_several_steps_and_saving_goes_on(tmp_path,
     with open_checkpoints(tmp_path, 5) as manager:
         state, _ = restore(manager, abstract(make_state(0)), report=lines.append)
         assert_same_state(state, make_state(1))
-        steps = ["step 3 is unusable", "step 2 is unusable", "going back to step 1; deleted the unusable 3, 2"]
+        steps = [
+            "step 3 is unusable",
+            "step 2 is unusable",
+            f"going back to step 1; moved the unusable 3, 2 to {tmp_path.name}.unusable/",
+        ]
         assert [line.split(": ")[1] for line in lines] == steps
         assert all(len(line) < 240 and "\n" not in line for line in lines)
         save(manager, make_state(2), CONFIG)
+    aside = tmp_path.parent / f"{tmp_path.name}.unusable"
+    assert sorted(path.name for path in aside.iterdir()) == ["2", "3"]  # nothing is thrown away
     state, _, lines = restore_lines(tmp_path)
     assert_same_state(state, make_state(2))
     assert lines == []
@@ -266,11 +275,11 @@ def test_load_a_run_and_a_step(tmp_path, monkeypatch):
         assert_same_state(params, make_state(step)["params"])
         assert isinstance(params["embed"], jax.Array)
         assert (config, tokenizer) == (CONFIG, None)
-    stub = types.SimpleNamespace(load_tokenizer=lambda path: ("tokenizer", Path(path).read_text()))
+    stub = types.SimpleNamespace(load_tokenizer=lambda path: types.SimpleNamespace(fingerprint=Path(path).read_text()))
     monkeypatch.setitem(sys.modules, "lckv_jax.data.tokenizer", stub)
     (tmp_path / "tokenizer.model").write_text("pieces")
     for folder in (tmp_path, tmp_path / "checkpoints" / "1"):
-        assert load(folder)[2] == ("tokenizer", "pieces")
+        assert load(folder)[2].fingerprint == "pieces"
 
 
 def test_load_reads_the_parameters_only_and_changes_nothing(tmp_path):
@@ -342,7 +351,10 @@ def test_other_mesh_killed_save_and_a_quiet_terminal(tmp_path):
     assert (child.returncode, err) == (9, "")
     told, gone_back, killed = out.splitlines()
     assert told.startswith("checkpoints: step 3 is unusable: ")
-    assert (gone_back, killed) == ("checkpoints: going back to step 2; deleted the unusable 3", "killed")
+    assert (gone_back, killed) == (
+        f"checkpoints: going back to step 2; moved the unusable 3 to {tmp_path.name}.unusable/",
+        "killed",
+    )
     with open_checkpoints(tmp_path, 5) as manager:
         assert_same_state(restore(manager, abstract(make_state(0)))[0], make_state(2))
         save(manager, make_state(4), CONFIG)
@@ -393,7 +405,24 @@ def test_two_processes_fall_back_together(tmp_path):
     assert [child.returncode for child in children] == [0, 0], outputs
     _, meta, _ = restore_lines(tmp_path)
     lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
-    back = ["checkpoints: going back to step 1; deleted the unusable 2", f"step 1 {meta['leaves']['params.embed'][2]}"]
+    back = [
+        f"checkpoints: going back to step 1; moved the unusable 2 to {tmp_path.name}.unusable/",
+        f"step 1 {meta['leaves']['params.embed'][2]}",
+    ]
     assert lines[0] == ["checkpoints: step 2 is unusable: another process could not read it", *back]
     assert "the disk of process 1 is gone" in lines[1][0] and lines[1][1:] == back
     assert steps_in(tmp_path) == [1]
+
+
+def test_a_disk_that_fails_to_read_costs_no_checkpoint(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1, 2)
+
+    def failing(*arguments, **keywords):
+        raise OSError(errno.EIO, "Input/output error", "some/file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lckv_jax.checkpoint._read", failing)
+        with pytest.raises(UserError, match="some/file cannot be read: Input/output error; mend that"):
+            restore_lines(tmp_path)
+    assert steps_in(tmp_path) == [1, 2]
+    assert restore_lines(tmp_path)[1]["step"] == 2

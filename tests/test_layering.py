@@ -21,6 +21,7 @@ ORDER = [  # lowest first; a name stands for the modules under it; those of one 
     ["model.loss"],
     ["parallel"],
     ["data"],
+    ["orbax_noise"],
     ["checkpoint"],
     ["convert"],
     ["decode"],

@@ -265,3 +265,15 @@ def test_rows_of_one_token_have_no_loss():
     )
     with pytest.raises(ValueError, match="at least 2 tokens"):
         loss({}, config, jnp.zeros((2, 1), jnp.int32))
+
+
+def test_bfloat16_gradients_of_a_mean_have_the_right_scale():
+    """1/count is no bfloat16 number: rounding it would shrink or stretch every gradient alike."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 109, 8)), jnp.bfloat16)
+    head = jnp.asarray(rng.normal(size=(8, 16)), jnp.bfloat16)
+    labels = jnp.asarray(rng.integers(0, 16, (1, 109)))
+    of_sum = jax.grad(lambda x: _cross_entropy(x, head, labels, 64, 0.0)[0])(x).astype(jnp.float32)
+    of_mean = jax.grad(lambda x: _cross_entropy(x, head, labels, 64, 0.0)[0] / 109)(x).astype(jnp.float32)
+    ratio = float(jnp.sum(of_mean * of_sum) / jnp.sum(of_sum * of_sum)) * 109
+    assert abs(ratio - 1) < 5e-4

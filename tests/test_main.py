@@ -33,6 +33,9 @@ def refuses(capsys, *arguments):
         ("data.tokenizer=none.model", ["none.model"]),
         ("mesh.data=3", ["data=3", "1 devices"]),
         ("optimizer.warmup_steps=6", ["warmup_steps=6", "train.steps=6"]),
+        ("out=gs://bucket/run", ["gs://bucket/run", "bucket"]),
+        ("seed=4294967296", ["seed", "4294967296"]),
+        ("model.sharing=true", ["model.sharing"]),
         ("nonsense", ["nonsense", "section.key=value"]),
     ],
 )
@@ -93,6 +96,15 @@ def test_a_changed_shard_stops_the_run(tiny_config, tmp_path, capsys):
     capsys.readouterr()
     error = refuses(capsys, "train", tiny_config)
     assert shard.name in error and "block" in error
+
+
+def test_a_changed_tokenizer_stops_the_run(tiny_config, tmp_path, capsys):
+    assert main(["prepare", str(tiny_config)]) == 0
+    capsys.readouterr()
+    (tmp_path / "data" / "tokenizer.model").write_bytes(b"garbage")
+    assert "tokenizer.model" in refuses(capsys, "train", tiny_config)
+    (tmp_path / "data" / "tokenizer.model").unlink()
+    assert "tokenizer.model" in refuses(capsys, "train", tiny_config)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(tiny_config, tmp_path, capsys):

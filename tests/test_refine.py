@@ -231,3 +231,10 @@ def test_one_token_row():
     config, params, tokens = make("lckv(warmup=0)")
     logits = forward(params, config, tokens[:, :1])
     np.testing.assert_allclose(logits, oracle(params, config, tokens[:, :1]), atol=1e-9)
+
+
+def test_passes_may_be_any_kind_of_integer():
+    config, params, tokens = make("lckv(warmup=2)")
+    want = transformer.forward(params, config, tokens, no_grad_passes=0, grad_passes=1)
+    got = transformer.forward(params, config, tokens, no_grad_passes=np.int64(0), grad_passes=1)
+    np.testing.assert_array_equal(got, want)

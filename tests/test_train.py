@@ -8,7 +8,7 @@ import pytest
 
 from lckv_jax import checkpoint
 from lckv_jax.config import load_config
-from lckv_jax.data.prepare import load_manifest, prepare
+from lckv_jax.data.prepare import prepare
 from lckv_jax.errors import UserError
 from lckv_jax.train import loop
 from lckv_jax.train.loop import train
@@ -151,25 +151,53 @@ def test_other_data_is_refused(finished_config, tmp_path):
         train(load_config(finished_config, [f"data.folder={tmp_path / 'other'}"]))
 
 
-def test_another_tokenizer_is_refused(finished_config, tmp_path):
-    config = load_config(finished_config)
-    manifest = load_manifest(tmp_path / "data").model_copy(update={"tokenizer_fingerprint": "0" * 64})
-    (tmp_path / "data" / "manifest.json").write_text(manifest.model_dump_json())
-    with pytest.raises(UserError, match="another tokenizer"):
-        train(config)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     config = load_config(
         tiny_config, ["optimizer.learning_rate=1e38", "optimizer.clip_norm=null", "train.save_every=1"]
     )
-    with pytest.raises(UserError, match=r"step \d+: (loss|grad_norm) is not finite \(batch \d+ of seed 0\)"):
+    with pytest.raises(UserError, match=r"step \d+: (loss|grad_norm|param_norm) is not finite \(batch \d+ of seed 0\)"):
         train(config)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert records[-1]["loss"] is None or records[-1]["grad_norm"] is None
-    assert records[-1]["non_finite"]
+    assert all(records[-1][name] is None for name in records[-1]["non_finite"])
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
     assert all(step < records[-1]["step"] for step in saved)
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_eval_step", lambda config: lambda params, batch: (np.float32("nan"), 1))
+    with pytest.raises(UserError, match="step 3: the validation loss is not finite"):
+        train(load_config(tiny_config))
+    assert checkpoint.load(tmp_path / "run")[1].train.steps == 6  # the one of step 2 is still there
+
+
+def test_a_refused_run_keeps_its_tokenizer_and_config(finished_config, tmp_path):
+    """The data folder was lost and made again from other texts: the run's own copies are the only ones left."""
+    kept = {name: (tmp_path / "run" / name).read_bytes() for name in ("tokenizer.model", "config.json")}
+    other = load_config(finished_config).data.model_copy(
+        update={"folder": str(tmp_path / "other"), "sources": ("builtin",)}
+    )
+    disguised = prepare(other, 512).model_copy(update={"sources": load_config(finished_config).data.sources})
+    (tmp_path / "other" / "manifest.json").write_text(disguised.model_dump_json())
+    with pytest.raises(UserError, match="another tokenizer"):
+        train(load_config(finished_config, [f"data.folder={tmp_path / 'other'}"]))
+    assert kept == {name: (tmp_path / "run" / name).read_bytes() for name in kept}
+    (tmp_path / "run" / "tokenizer.model").write_bytes((tmp_path / "other" / "tokenizer.model").read_bytes())
+    with pytest.raises(UserError, match="not the tokenizer that the run was trained with"):
+        checkpoint.load(tmp_path / "run")
+
+
+def test_a_run_that_never_made_a_step_may_be_changed(tiny_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_at(patch, 0)
+        with pytest.raises(Killed):
+            train(load_config(tiny_config))
+    train(load_config(tiny_config, ["model.norm_eps=1e-6", "data.batch_size=1"]))
+
+
+def test_the_progress_line_fits_a_terminal(tiny_config, capsys):
+    train(load_config(tiny_config))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "eta" in line]
+    assert lines and max(map(len, lines)) < 80
 
 
 def test_passes_follow_their_schedule(tiny_config, tmp_path):

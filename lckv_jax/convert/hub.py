@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from lckv_jax.config import ModelConfig, build_config
@@ -74,7 +74,8 @@ def load_hub(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _check_names(folder, [name for leaf in leaves for name in leaf.names], tensors)
-        return _nest({leaf.path: _read_leaf(folder, leaf, tensors) for leaf in leaves}), config
+        flat = {leaf.path: _read_leaf(folder, leaf, tensors) for leaf in leaves}
+        return traverse_util.unflatten_dict(flat, sep="."), config
 
 
 def to_hub(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -85,7 +86,7 @@ def to_hub(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray
     Raises ValueError naming a leaf that is missing, surplus or of another shape.
     """
     leaves = _leaves(config)
-    flat = _flatten(tree)
+    flat = traverse_util.flatten_dict(dict(tree), sep=".")
     if flat.keys() != {leaf.path for leaf in leaves}:
         odd = sorted(flat.keys() ^ {leaf.path for leaf in leaves})
         raise ValueError(f"the tree and its config differ in the leaves {', '.join(odd)}")
@@ -141,21 +142,6 @@ def _leaves(config: ModelConfig) -> list[_Leaf]:
             per_layer("layers.down_bias", "mlp.down_proj.bias", (hidden,), 0),
         ]
     return leaves
-
-
-def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, array in flat.items():
-        *sections, last = path.split(".")
-        functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[last] = array
-    return tree
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 # ---------------------------------------------------------------- tensors

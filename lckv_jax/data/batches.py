@@ -45,6 +45,8 @@ class Windows:
                 f"{folder}: the {split} split has {info.tokens} tokens, but one row of data.seq_len={seq_len} "
                 f"needs {seq_len + 1}; {mend}"
             )
+        for number in range(len(self._shards)):
+            self._open(number)  # a missing file is told now, not hours later
 
     def __len__(self) -> int:
         return self._rows
@@ -120,7 +122,7 @@ def batches(
     if split == "train":
         rows = rows.shuffle(_shuffle_seed(seed)).repeat()
     # Several hosts: slice here, rows[host::hosts], and batch batch_size // hosts rows on each.
-    return rows.batch(batch_size, drop_remainder=False).map(
+    return rows.batch(batch_size, drop_remainder=split == "train").map(
         partial(label_rows, bos_id=manifest.bos_id, batch_size=batch_size)
     )
 

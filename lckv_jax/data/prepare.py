@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -105,16 +107,18 @@ def prepare(data: DataConfig, vocab_size: int, report: Callable[[str], object] =
     if (folder / MANIFEST).exists():
         manifest = load_manifest(folder)
         _check_settings(manifest, data, vocab_size)
+        _check_tokenizer(manifest, folder)
         return manifest
     started = time.monotonic()
     corpus = scan(data.sources, data.validation_fraction)
     report(_describe(corpus) + f" ({time.monotonic() - started:.1f} s)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        tokenizer = _place_tokenizer(data, vocab_size, corpus, folder, report)
-        manifest = _write_shards(data, vocab_size, corpus, tokenizer, folder, report)
-        _write_durably(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        with _alone(folder):
+            _remove_leftovers(folder)
+            tokenizer = _place_tokenizer(data, vocab_size, corpus, folder, report)
+            manifest = _write_shards(data, vocab_size, corpus, tokenizer, folder, report)
+            _write_durably(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(
             f"{error.filename or folder} cannot be written: {error.strerror}; mend it, or choose another data.folder"
@@ -136,6 +140,25 @@ def _check_settings(manifest: Manifest, data: DataConfig, vocab_size: int) -> No
                 f"{data.folder} was prepared with {field}={_plain(made)}, but the config says {_plain(asked)}; "
                 "choose another data.folder, or delete this one to prepare it again"
             )
+
+
+def _check_tokenizer(manifest: Manifest, folder: Path) -> None:
+    if load_tokenizer(folder / TOKENIZER).fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"{folder / TOKENIZER} is not the tokenizer that the tokens were made with; "
+            "put that one back, or delete the folder to prepare it again"
+        )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process; the system lets go of it however the process ends."""
+    with (folder / "prepare.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is preparing {folder}; wait until it is done") from error
+        yield
 
 
 def _plain(value: object) -> str:

@@ -137,14 +137,16 @@ def _forward_with_gradients(
     start = (zero, zero, jnp.zeros(head_DV.shape, wide))
     (total, nll, grad_head), grad_x = jax.lax.scan(step, start, _chunks(x_BTD, labels_BT, chunk))
     B, T, D = x_BTD.shape
-    return (total, nll), (grad_x.swapaxes(0, 1).reshape(B, -1, D)[:, :T], grad_head.astype(head_DV.dtype))
+    return (total, nll), (grad_x.swapaxes(0, 1).reshape(B, -1, D)[:, :T], grad_head)
 
 
 def _scale_gradients(
     chunk: int, z_loss: float, gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
+    """Scaled in the wide dtype: a mean's 1/count has no exact bfloat16."""
     grad_x, grad_head = gradients
-    return grad_x * cotangents[0].astype(grad_x.dtype), grad_head * cotangents[0].astype(grad_head.dtype), None
+    dtype, scale = grad_x.dtype, cotangents[0]
+    return (grad_x.astype(scale.dtype) * scale).astype(dtype), (grad_head * scale).astype(dtype), None
 
 
 _cross_entropy = jax.custom_vjp(_chunked_cross_entropy, nondiff_argnums=(3, 4))

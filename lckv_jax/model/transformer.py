@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.errors import UserError
@@ -39,6 +41,11 @@ def parameter_dims(config: ModelConfig) -> dict[str, str | dict[str, str]]:
     return tree
 
 
+def is_matrix(name: str) -> bool:
+    """Whether the parameter of this name is a matrix, rather than a norm or a bias."""
+    return not (name.endswith(("norm", "bias")) or name in ("bq", "bk", "bv", "bo"))
+
+
 def dim_sizes(config: ModelConfig) -> dict[str, int]:
     """The size of each parameter dim."""
     return {
@@ -62,12 +69,10 @@ class Parameters(nnx.Module):
             if isinstance(entry, dict):
                 setattr(self, name, Parameters(config, entry, rngs))
                 continue
-            if name.endswith("norm"):
-                init = nnx.initializers.ones
-            elif name.endswith("bias") or name in ("bq", "bk", "bv", "bo"):
-                init = nnx.initializers.zeros
-            else:
+            if is_matrix(name):
                 init = nnx.initializers.normal(config.init_std)
+            else:
+                init = nnx.initializers.ones if name.endswith("norm") else nnx.initializers.zeros
             shape = tuple(sizes[dim] for dim in entry)
             setattr(self, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
 
@@ -97,6 +102,12 @@ class Hidden(NamedTuple):
     residual: jax.Array
 
 
+def check_dtype(config: ModelConfig) -> None:
+    """Raises UserError if jax would silently compute in less than the configured dtype."""
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise UserError("model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment; set it, or use float32")
+
+
 def hidden_states(
     params: Params,
     config: ModelConfig,
@@ -108,10 +119,11 @@ def hidden_states(
     grad_passes: int | None = None,
 ) -> Hidden:
     """Everything but the head. Arguments as in `forward`."""
-    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise UserError("model.dtype=float64 needs JAX_ENABLE_X64=1 in the environment; set it, or use float32")
+    check_dtype(config)
     params, tokens_BT = jax.tree.map(jnp.asarray, (params, tokens_BT))  # numpy cannot be indexed by traced tokens
     no_grad_passes = config.no_grad_passes if no_grad_passes is None else no_grad_passes
+    if not isinstance(no_grad_passes, Tracer):
+        no_grad_passes = operator.index(no_grad_passes)
     grad_passes = config.grad_passes if grad_passes is None else max(grad_passes, 1)  # an official b = 0 means 1
     if positions_BT is None:
         positions_BT = positions_in_segments(tokens_BT, segment_ids_BT)

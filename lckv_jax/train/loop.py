@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax import traverse_util
 from rich.console import Console
 
 from lckv_jax import checkpoint
@@ -20,13 +20,14 @@ from lckv_jax.config import RunConfig, config_json
 from lckv_jax.data.batches import batches, iterate
 from lckv_jax.data.prepare import Manifest, prepare
 from lckv_jax.errors import UserError
+from lckv_jax.model.transformer import check_dtype
 from lckv_jax.parallel.mesh import batch_sharding, check_sizes, make_mesh, replicated_dims
 from lckv_jax.train.metrics import MetricsFile, ProgressLine, Record, draw_loss_curve, read_metrics
 from lckv_jax.train.optimizer import make_optimizer
 from lckv_jax.train.state import TrainState, abstract_state, init_state
 from lckv_jax.train.step import make_eval_step, make_train_step
 
-# What may differ between the run in a folder and the config that resumes it: the numbers stay the same.
+# What may differ between the run in a folder and the config that resumes it: the mathematics stays the same.
 _FREE = ("out", "data.folder", "train.log_every", "train.eval_", "train.save_every", "train.keep", "mesh.")
 
 
@@ -39,6 +40,7 @@ def train(config: RunConfig) -> None:
     """
     console = Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    check_dtype(config.model)
     mesh = make_mesh(config.mesh)
     check_sizes(config.model, config.data.batch_size, mesh)
     if replicated_dims(config.model, mesh):
@@ -47,7 +49,6 @@ def train(config: RunConfig) -> None:
     _refuse_another_run(config, out)
     manifest = prepare(config.data, config.model.vocab_size, say)
     datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
-    _claim_folder(config, out)
     with jax.set_mesh(mesh), checkpoint.open_checkpoints(out / "checkpoints", config.train.keep) as manager:
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         restored = checkpoint.restore(
@@ -59,6 +60,7 @@ def train(config: RunConfig) -> None:
         state = restored[0] if restored else init_state(config.model, optimizer, mesh, config.seed)
         if restored:
             say(f"resuming {out} from step {int(state['step'])}")
+        _claim_folder(config, out)  # only now is it certain that the folder is this run's
         run = _Run(config, manifest, datasets, manager, console, int(state["step"]))
         run.finish(state, make_train_step(config, optimizer, mesh))
     _summarise(config, out, say)
@@ -145,7 +147,7 @@ class _Run:
             "tokens_per_second": round(tokens / seconds, 1),
         }
         self.file.write(record)
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        bad = [name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])]
         if bad:
             raise UserError(
                 f"step {step}: {bad[0]} is not finite (batch {step - 1} of seed {self.config.seed}); nothing was saved "
@@ -154,13 +156,18 @@ class _Run:
         self.progress.update(record)
 
     def validate(self, step: int, state: TrainState) -> None:
-        """Mean loss over the first validation batches, always the same ones."""
+        """Mean loss over the first validation batches, always the same ones, with the m and b of the model config."""
         dataset = self.datasets.valid
         total, count = 0.0, 0
         for index in range(min(self.config.train.eval_batches, len(dataset))):
             nll, tokens = self.evaluate(state["params"], jax.device_put(dataset[index], self.sharding))
             total, count = total + float(nll), count + int(tokens)
         loss = total / count
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {step}: the validation loss is not finite; nothing was saved since the last checkpoint; "
+                "lower optimizer.learning_rate or change the seed in a new `out`"
+            )
         perplexity = math.exp(loss) if loss < 700 else math.inf
         tokens_seen = step * self.config.data.batch_size * self.config.data.seq_len
         self.file.write({"step": step, "valid_loss": loss, "valid_perplexity": perplexity, "tokens_seen": tokens_seen})
@@ -170,11 +177,11 @@ class _Run:
 def _refuse_another_run(config: RunConfig, out: Path) -> None:
     """Raises UserError if the folder holds the beginnings of a run with another configuration."""
     path = out / "config.json"
-    if not (out / "metrics.jsonl").exists():
-        return
+    if not read_metrics(out / "metrics.jsonl"):
+        return  # it never made a step
     try:
-        other = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        other = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{out} holds a run, but its config.json cannot be read; put it back, or choose another `out`"
         ) from error
@@ -183,13 +190,13 @@ def _refuse_another_run(config: RunConfig, out: Path) -> None:
 
 def _claim_folder(config: RunConfig, out: Path) -> None:
     """Makes the run's folder with config.json and the tokenizer."""
-    path = out / "config.json"
-    partial_path = path.with_suffix(".partial")
+    contents = {"config.json": (json.dumps(config_json(config), indent=1) + "\n").encode()}
     try:
+        contents["tokenizer.model"] = (Path(config.data.folder).expanduser() / "tokenizer.model").read_bytes()
         out.mkdir(parents=True, exist_ok=True)
-        partial_path.write_text(json.dumps(config_json(config), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial_path, path)
-        shutil.copyfile(Path(config.data.folder).expanduser() / "tokenizer.model", out / "tokenizer.model")
+        for name, content in contents.items():
+            (out / f"{name}.partial").write_bytes(content)
+            os.replace(out / f"{name}.partial", out / name)
     except OSError as error:
         raise UserError(
             f"{error.filename or out} cannot be written: {error.strerror}; mend it, or choose another `out`"
@@ -213,7 +220,7 @@ def _check_same_run(config: RunConfig, manifest: Manifest, meta: dict[str, Any])
 
 
 def _refuse_differences(config: RunConfig, other: dict[str, Any], what: str) -> None:
-    mine, theirs = _flatten(config_json(config)), _flatten(other)
+    mine, theirs = (traverse_util.flatten_dict(tree, sep=".") for tree in (config_json(config), other))
     fields = [field for field in mine | theirs if mine.get(field) != theirs.get(field) and not field.startswith(_FREE)]
     if fields:
         shown = "; ".join(f"{field} is {theirs.get(field)!r} there, {mine.get(field)!r} here" for field in fields[:4])
@@ -221,20 +228,13 @@ def _refuse_differences(config: RunConfig, other: dict[str, Any], what: str) -> 
         raise UserError(f"{what}: {shown}{more}; choose another `out`, or undo the change")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _summarise(config: RunConfig, out: Path, say: Callable[[str], None]) -> None:
     records = read_metrics(out / "metrics.jsonl")
     draw_loss_curve(records, config.model.vocab_size, out / "loss.png")
     say(f"done: {config.train.steps} steps of {config.data.batch_size * config.data.seq_len:,} tokens")
-    validated = [record for record in records if record.get("valid_loss") is not None]
-    if validated:
-        loss, perplexity = validated[-1]["valid_loss"], validated[-1]["valid_perplexity"]
+    last = [r for r in records if r["step"] == config.train.steps and r.get("valid_loss") is not None]
+    if last:  # absent where somebody cut metrics.jsonl
+        loss, perplexity = last[-1]["valid_loss"], last[-1]["valid_perplexity"]
         untrained = math.log(config.model.vocab_size)
         say(f"validation loss {loss:.4f} (ln(V) is {untrained:.2f}), perplexity {perplexity:,.1f}")
     say(f"checkpoint {out / 'checkpoints' / str(config.train.steps)}, loss curve {out / 'loss.png'}")

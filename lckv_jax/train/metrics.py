@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import Progress, TextColumn
 
 Record = dict[str, Any]
 
@@ -56,9 +56,7 @@ class ProgressLine:
     def __init__(self, console: Console, start: int, steps: int, log_every: int):
         self._console, self._steps, self._log_every = console, steps, log_every
         self._first, self._started = start, time.monotonic()
-        self._live = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), console=console, disable=not console.is_terminal
-        )
+        self._live = Progress(TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
         self._task = self._live.add_task("compiling", total=steps, completed=start)
         self._live.start()
 
@@ -69,8 +67,9 @@ class ProgressLine:
             self._started = time.monotonic()  # the first step holds the compilation
         done = step - self._first - 1
         left = (time.monotonic() - self._started) / done * (self._steps - step) if done else math.nan
-        line = (
-            f"step {step:>6}/{self._steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:>9,.0f} tok/s  "
+        place = f"{step:>{len(str(self._steps))}}/{self._steps}"
+        line = (  # fits a terminal of 80 columns
+            f"step {place}  loss {record['loss']:.4f}  {record['tokens_per_second']:>7,.0f} tok/s  "
             f"passes {record['passes']}  residual {record['residual']:.1e}  eta {_clock(left)}"
         )
         self._live.update(self._task, completed=step, description=line)

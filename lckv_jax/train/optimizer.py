@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lckv_jax.config import OptimizerConfig
+from lckv_jax.model.transformer import is_matrix
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -27,12 +28,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def decayed(params: Any) -> Any:
     """True for every parameter that weight decay applies to: matrices, not norms or biases."""
-
-    def is_matrix(path: tuple, _: Any) -> bool:
-        name = path[-1].key
-        return not (name.endswith(("norm", "bias")) or name in ("bq", "bk", "bv", "bo"))
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path[-1].key), params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -34,8 +34,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """The state after one update, and what happened: all scalars.
 
-    Metrics: loss (nats a token, without z-loss), grad_norm (before clipping), learning_rate, tokens (that count),
-    passes, residual (see transformer.Hidden).
+    Metrics: loss (nats a token, without z-loss), grad_norm (before clipping), param_norm (after the update),
+    learning_rate, tokens (that count), passes, residual (see transformer.Hidden).
     """
 
     def objective(params: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -55,6 +55,7 @@ def train_step(
     return new, {
         "loss": aux["nll"] / jnp.maximum(aux["count"], 1),
         "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(new["params"]),
         "learning_rate": learning_rate(config.optimizer, config.train.steps)(state["step"]),
         "tokens": aux["count"],
         "passes": aux["passes"],
@@ -77,7 +78,7 @@ def make_train_step(config: RunConfig, optimizer: optax.GradientTransformation, 
 
 
 def make_eval_step(config: RunConfig) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Compiled (params, batch) -> (summed negative log-likelihood in nats, tokens), with the trained passes."""
+    """Compiled (params, batch) -> (summed negative log-likelihood in nats, tokens), with the model config's m and b."""
 
     @jax.jit
     def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

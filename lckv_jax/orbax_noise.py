@@ -1,0 +1,58 @@
+"""What orbax says beside its exceptions, kept off the terminal: a failed read is told in our words, once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+
+def quieten_orbax() -> None:
+    """Keeps orbax' informational log and its warnings off the terminal; its errors still appear."""
+    logging.getLogger("absl").addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Orbax warns of its own habits; an error in one of its threads is worth reading."""
+    return record.levelno >= logging.ERROR or not _is_from_orbax(record)
+
+
+def _is_from_orbax(record: logging.LogRecord) -> bool:
+    return os.path.join("orbax", "checkpoint", "") in record.pathname
+
+
+@contextlib.contextmanager
+def reading_quietly() -> Iterator[None]:
+    """A failed read is told in our words; the log of orbax and the remains of other reads stay off the terminal."""
+
+    def is_foreign(record: logging.LogRecord) -> bool:
+        return not _is_from_orbax(record)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_foreign)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        policy = asyncio.get_event_loop_policy()
+        policy.new_event_loop = _DrainingLoop
+        try:
+            yield
+        finally:
+            vars(policy).pop("new_event_loop", None)
+            logger.removeFilter(is_foreign)
+
+
+class _DrainingLoop(asyncio.SelectorEventLoop):
+    """Closes when its tasks are done. Orbax closes its loop at the first failed read, over the pending ones."""
+
+    def close(self) -> None:
+        async def drain(tasks: set[asyncio.Task]) -> None:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        try:
+            if tasks := asyncio.all_tasks(self):
+                self.run_until_complete(drain(tasks))
+        finally:
+            super().close()
