@@ -277,9 +277,12 @@ def test_load_a_run_and_a_step(tmp_path, monkeypatch):
         assert (config, tokenizer) == (CONFIG, None)
     stub = types.SimpleNamespace(load_tokenizer=lambda path: types.SimpleNamespace(fingerprint=Path(path).read_text()))
     monkeypatch.setitem(sys.modules, "lckv_jax.data.tokenizer", stub)
-    (tmp_path / "tokenizer.model").write_text("pieces")
+    (tmp_path / "tokenizer.model").write_text("print")
     for folder in (tmp_path, tmp_path / "checkpoints" / "1"):
-        assert load(folder)[2].fingerprint == "pieces"
+        assert load(folder)[2].fingerprint == "print"
+    (tmp_path / "tokenizer.model").write_text("another")
+    with pytest.raises(UserError, match="not the tokenizer that the run was trained with"):
+        load(tmp_path)
 
 
 def test_load_reads_the_parameters_only_and_changes_nothing(tmp_path):
