@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from lckv_jax.config_text import apply_override, first_sentence, read_yaml
 from lckv_jax.errors import UserError
 from lckv_jax.sharing import Flops, KVSharing
 
@@ -38,17 +37,28 @@ def _as_pairs(value: Any) -> Any:
     return tuple(_as_tuple(pair) for pair in value) if isinstance(value, (list, tuple)) else value
 
 
+def _as_sources(value: Any) -> Any:
+    entries = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+def _as_remat(value: Any) -> Any:
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Schedule = Annotated[tuple[tuple[NonNegative, Positive], ...], BeforeValidator(_as_pairs)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Immutable, strict, and without unknown keys."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
     )
 
 
-class RopeScaling(_Frozen):
+class RopeScaling(Frozen):
     """Rotary frequencies for contexts beyond the trained one, as in Hugging Face's `rope_scaling`."""
 
     type: Literal["linear", "llama3"]
@@ -64,7 +74,7 @@ class RopeScaling(_Frozen):
         return self
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """A decoder-only transformer of the Llama form whose layers share keys and values."""
 
     vocab_size: Positive = Field(description="V: number of token ids")
@@ -99,10 +109,17 @@ class ModelConfig(_Frozen):
     mlp_bias: bool = Field(default=False, description="biases on gate, up, down")
     init_std: float = Field(default=0.02, gt=0.0, description="standard deviation of initial weights")
     dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="compute dtype of matmuls")
-    remat: bool = Field(
-        default=True, description="recompute each layer in the backward pass instead of keeping activations"
+    remat: Annotated[Literal["none", "full", "attention", "dots"], BeforeValidator(_as_remat)] = Field(
+        default="full",
+        description="what the backward pass recomputes of a layer: nothing (`none`, or false), all of it (`full`, or "
+        "true), all but the output of `attention`, or all but its matrix products (`dots`)",
     )
-    attention: Literal["xla"] = Field(default="xla", description="attention backend")
+    scan_layers: bool = Field(
+        default=True, description="scan over the layers of a run (compiles fast) instead of unrolling them"
+    )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
+        default="auto", description="attention kernel; `auto` chooses by device and says why"
+    )
 
     @field_validator("sharing", mode="before")
     @classmethod
@@ -142,51 +159,117 @@ class ModelConfig(_Frozen):
         )
 
 
-class DataConfig(_Frozen):
+class SourceConfig(Frozen):
+    """Text of one kind; a plain string in a list of sources is its `path`."""
+
+    path: str = Field(
+        description="`builtin` (Python's own source), a glob of text, .jsonl[.gz|.zst] or .parquet files, or "
+        "`tfds:FOLDER[:SPLIT]`, a TensorFlow Datasets folder prepared as array_record"
+    )
+    field: str = Field(
+        default="text", description="the jsonl field, parquet column or TFDS feature that holds the text"
+    )
+    weight: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="share of the training tokens; all sources have one, or none has"
+    )
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)]
+
+
+class DataConfig(Frozen):
     """Where the text comes from, how it becomes tokens, and the shape of a batch."""
 
-    sources: Strings = Field(
-        default=("builtin",), description="`builtin` (Python's own source) or globs of UTF-8 text files"
+    sources: Sources = Field(
+        default=(SourceConfig(path="builtin"),),
+        description="text to train on: paths, or mappings {path, field, weight}; without weights one after the other, "
+        "each token once an epoch",
+    )
+    validation: Sources = Field(
+        default=(), description="text to validate on; where empty, `validation_fraction` of the sources is held out"
     )
     tokenizer: str = Field(
-        default="train", description="`train` a sentencepiece BPE on the sources, or the path of a .model"
+        default="train",
+        description="`train` a sentencepiece BPE on the sources, `bytes`, or the path of a sentencepiece .model or a "
+        "tokenizer.json",
     )
     folder: str = Field(default="data/builtin", description="prepared shards live here; prepared once, then only read")
     validation_fraction: float = Field(
         default=0.02, gt=0.0, lt=1.0, description="share of documents held out, by hash of name"
     )
+    packing: Literal["masked", "joined"] = Field(
+        default="masked",
+        description="documents in one row: `masked` never see each other; `joined` are one text (no mask, positions "
+        "run on)",
+    )
     seq_len: Positive = Field(default=512, description="T: tokens of a row")
-    batch_size: Positive = Field(default=8, description="B: rows of a global batch")
+    batch_size: Positive = Field(default=8, description="B: rows of a global batch, all micro-batches together")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        if weights and len(weights) < len(self.sources):
+            raise ValueError("sources: some have a weight and some have none; give each one, or none")
+        if weights and not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+            raise ValueError(f"sources: the weights add up to {sum(weights):.6g}; change them to add up to 1")
+        if any(source.weight is not None for source in self.validation):
+            raise ValueError("validation: its sources have no weight; all of their text is read")
+        return self
 
 
-class OptimizerConfig(_Frozen):
-    """AdamW with linear warm-up and cosine decay; norms and biases are not decayed."""
+class OptimizerConfig(Frozen):
+    """The update rule and its learning rate; norms and biases are not decayed."""
 
+    name: Literal["adamw", "lion", "adafactor", "muon"] = Field(
+        default="adamw", description="`muon` updates matrices and leaves embeddings, head, norms and biases to AdamW"
+    )
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="after a linear warm-up; `wsd` (warmup-stable-decay) falls linearly over the last `decay_fraction`",
+    )
     learning_rate: float = Field(default=1e-3, gt=0.0, description="peak learning rate")
     final_fraction: float = Field(default=0.1, ge=0.0, le=1.0, description="final over peak learning rate")
-    warmup_steps: NonNegative = 20
-    b1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    b2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    eps: float = Field(default=1e-8, gt=0.0)
-    weight_decay: float = Field(default=0.1, ge=0.0)
+    warmup_steps: NonNegative = Field(default=20, description="steps of the linear rise from 0")
+    decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0, description="wsd only: share of the steps that decay")
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment (momentum)")
+    b2: float = Field(default=0.95, ge=0.0, lt=1.0, description="decay of the second moment")
+    eps: float = Field(default=1e-8, gt=0.0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.1, ge=0.0, description="decoupled, of matrices only, times the learning rate")
     clip_norm: float | None = Field(default=1.0, gt=0.0, description="global gradient norm; null = no clipping")
 
 
-class TrainConfig(_Frozen):
+class TrainConfig(Frozen):
     """How long, and what happens on the way."""
 
     steps: Positive = Field(description="optimiser updates")
+    accumulation: Positive = Field(default=1, description="micro-batches a step, each batch_size / accumulation rows")
     z_loss: float = Field(default=0.0, ge=0.0, description="weight of the squared log-normaliser")
     loss_chunk: Positive = Field(default=256, description="positions of a row whose logits are held at once")
     no_grad_passes_schedule: Schedule = Field(
         default=(),
         description="[[step, m], ...]: m from that step on, instead of model.no_grad_passes; never recompiles",
     )
+    ema_decay: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="of an average of the parameters, for evaluation; 0 = none"
+    )
+    skip_spikes: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="leave out updates whose loss or gradient norm lies this many standard deviations above the mean "
+        "of the last spike_window steps; 0 = only those that are not finite",
+    )
+    spike_window: int = Field(
+        default=128, ge=2, description="steps that skip_spikes looks back; it waits for half of them"
+    )
     log_every: Positive = Field(default=5, description="steps between printed lines (metrics.jsonl has every step)")
     eval_every: Positive = Field(default=100, description="steps between validations")
     eval_batches: Positive = Field(default=8, description="validation batches")
     save_every: Positive = Field(default=100, description="steps between checkpoints")
-    keep: Positive = Field(default=2, description="checkpoints kept")
+    save_minutes: float | None = Field(default=None, gt=0.0, description="also save when so long ago; null = never")
+    keep: Positive = Field(default=2, description="newest checkpoints kept")
+    keep_best: NonNegative = Field(
+        default=1, description="checkpoints with the lowest validation loss kept beside them"
+    )
 
     @field_validator("no_grad_passes_schedule")
     @classmethod
@@ -197,7 +280,30 @@ class TrainConfig(_Frozen):
         return schedule
 
 
-class MeshConfig(_Frozen):
+class MetricsConfig(Frozen):
+    """What a run tells beside metrics.jsonl and the progress line."""
+
+    tensorboard: bool = Field(default=False, description="event files in OUT/tensorboard (needs tensorboardX)")
+    wandb: str | None = Field(default=None, description="Weights & Biases project (needs wandb); null = none")
+    peak_flops: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="FLOP/s of one device in the compute dtype, for MFU; null = known devices by name; 0 = no MFU",
+    )
+    layer_gradient_norms: bool = Field(default=False, description="gradient norm of each layer in metrics.jsonl")
+    profile: Annotated[tuple[Positive, Positive] | None, BeforeValidator(_as_tuple)] = Field(
+        default=None, description="[first, last] step of a profiler trace in OUT/profile"
+    )
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:
+        if profile is not None and profile[0] > profile[1]:
+            raise ValueError(f"[first, last] step, but {profile[0]} is after {profile[1]}")
+        return profile
+
+
+class MeshConfig(Frozen):
     """Sizes of the device mesh; one of them may be -1 = what is left."""
 
     data: int = Field(default=-1, description="batch split, parameters copied (the axis that spans slices)")
@@ -213,16 +319,20 @@ class MeshConfig(_Frozen):
         return self
 
 
-class RunConfig(_Frozen):
+class RunConfig(Frozen):
     """Everything that a run depends on."""
 
     out: str = Field(description="folder of the run: checkpoints, metrics, plots")
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the initial weights and the order of the data")
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    metrics: MetricsConfig = MetricsConfig()
     mesh: MeshConfig = MeshConfig()
+    allow_changes: Strings = Field(
+        default=(), description="fields that may differ from the checkpoint at resume, such as optimizer.learning_rate"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -230,6 +340,11 @@ class RunConfig(_Frozen):
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of train.steps="
                 f"{self.train.steps}; warm up for fewer steps, such as optimizer.warmup_steps={self.train.steps // 10}"
+            )
+        if self.data.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} is not a multiple of train.accumulation="
+                f"{self.train.accumulation}; change one of them"
             )
         for name, folder in (("out", self.out), ("data.folder", self.data.folder)):
             if "://" in folder:
@@ -242,34 +357,6 @@ class RunConfig(_Frozen):
 # ---------------------------------------------------------------- reading
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-3 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise UserError(f"line {key_node.start_mark.line + 1}: a key must be a word")
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"line {line}: the key {key_node.value!r} is given twice; keep one")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-class _OverrideLoader(_Loader):
-    """On the command line nobody means an underscore as a digit separator: 0_6_6 stays text."""
-
-
-_EXPONENT = re.compile(r"^[-+]?(\d+)(\.\d*)?[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
-_OverrideLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-_OverrideLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run configuration in the YAML file `path`, changed by overrides such as `train.steps=10`.
 
@@ -278,13 +365,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config: {_reason(error)}") from error
-    tree = _parse_yaml(text, str(path), _Loader)
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path}: cannot be read as a config: {reason}") from error
+    tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a YAML mapping with the keys {', '.join(RunConfig.model_fields)}")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return build_config(RunConfig, tree, str(path))
+
+
+def read_overrides(model: type[Model], overrides: Sequence[str], where: str) -> Model:
+    """`model` made of overrides such as `batch_size=4` alone; errors as in `load_config`."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(tree, override)
+    return build_config(model, tree, where)
 
 
 def build_config(model: type[Model], tree: Any, where: str) -> Model:
@@ -292,63 +388,9 @@ def build_config(model: type[Model], tree: Any, where: str) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_sentence(model, error)}") from error
+        raise UserError(f"{where}: {first_sentence(model, error)}") from error
 
 
 def config_json(config: BaseModel) -> dict[str, Any]:
     """The configuration as plain JSON data, readable by `build_config`."""
     return json.loads(config.model_dump_json())
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def _parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader]) -> Any:
-    try:
-        return yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _apply(tree: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"cannot read the override {override!r}; write section.key=value, such as train.steps=100")
-    *sections, last = key.split(".")
-    for section in sections:
-        if not isinstance(tree.setdefault(section, {}), dict):
-            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
-        tree = tree[section]
-    tree[last] = _parse_yaml(value, f"override {override!r}", _OverrideLoader)
-
-
-def _first_sentence(model: type[BaseModel], error: ValidationError) -> str:
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    first = problems[0]  # a misspelt key also leaves the right one missing: name the cause
-    path = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        message = f"unknown key; {_suggestion(model, first['loc'])}"
-    elif first["type"] == "missing":
-        message = "is missing and has no default; add it"
-    elif first["type"] == "value_error":
-        message = str(first.get("ctx", {}).get("error", first["msg"]))
-    else:
-        message = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
-    if path and message.startswith(f"{path.rsplit('.', 1)[-1]}: "):
-        message = message.partition(": ")[2]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return (f"{path}: " if path else "") + message + more
-
-
-def _suggestion(model: type[BaseModel], location: tuple) -> str:
-    """The known key nearest to an unknown one, else all of them."""
-    for part in location[:-1]:
-        annotation = model.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            annotation = next(arg for arg in annotation.__args__ if issubclass(arg, BaseModel))  # pyright: ignore
-        model = annotation
-    near = difflib.get_close_matches(str(location[-1]), model.model_fields, 1, 0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(model.model_fields)}"

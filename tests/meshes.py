@@ -19,7 +19,7 @@ from lckv_jax.train.state import init_state
 
 config = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=8,
-    sharing="1_1_2", no_grad_passes=1, init_std=0.2, attention_bias=True, remat=False,
+    sharing="1_1_2", no_grad_passes=1, init_std=0.2, attention_bias=True, remat="none",
 )  # fmt: skip
 rng = np.random.default_rng(0)
 tokens = rng.integers(0, 64, (8, 33)).astype(np.int32)

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from lckv_jax import ModelConfig
-from lckv_jax.config import RunConfig, build_config, config_json, load_config
+from lckv_jax.config import RunConfig, SourceConfig, build_config, config_json, load_config
 from lckv_jax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
@@ -82,11 +82,11 @@ def test_values_arrive_typed(load):
     assert config.model.tolerance == 1e-3
     assert config.optimizer.learning_rate == 1e-3
     assert config.optimizer.clip_norm is None
-    assert config.data.sources == ("builtin", "texts/*.txt")
+    assert [source.path for source in config.data.sources] == ["builtin", "texts/*.txt"]
     assert config.train.no_grad_passes_schedule == ((0, 2), (1000, 7))
     assert config.model.rope_scaling is not None
     assert isinstance(config.model.rope_scaling.factor, float)
-    assert load(MINIMAL + "data: {sources: a.txt}").data.sources == ("a.txt",)
+    assert load(MINIMAL + "data: {sources: a.txt}").data.sources == (SourceConfig(path="a.txt"),)
     assert str(load(MINIMAL).model.sharing) == "0_1_2_3_4_5_6_7"
 
 
@@ -119,7 +119,7 @@ def test_there_are_shipped_configs():
         ("model.tie_embeddings=true", True),
         ("model.dtype=bfloat16", "bfloat16"),
         ("data.folder=a=b", "a=b"),
-        ("data.sources=[a, b]", ("a", "b")),
+        ("data.sources=[a, {path: b, field: c}]", (SourceConfig(path="a"), SourceConfig(path="b", field="c"))),
         ("train.no_grad_passes_schedule=[[0, 1]]", ((0, 1),)),
         ("seed=7", 7),
         ("out=elsewhere", "elsewhere"),
@@ -213,11 +213,14 @@ def test_first_of_two_sections_is_not_lost(load):
         ("seed: '1'", "seed: .*integer, got '1'"),
         ("seed: true", "seed: .*integer, got True"),
         ("seed: -1", "seed: .*greater than or equal to 0, got -1"),
-        ("  remat: 1", "model.remat: .*boolean, got 1"),
+        ("  remat: 1", "model.remat: unknown name '1'; known: none, full"),
         ("  window: 0", "model.window: .*greater than 0, got 0"),
         ("  grad_passes: 0", "model.grad_passes: .*greater than 0"),
-        ("  dtype: float16", "model.dtype: .*'float32', 'bfloat16' or 'float64', got 'float16'"),
-        ("  start: random", "model.start: .*'zero' or 'input'"),
+        (
+            "  dtype: float16",
+            "model.dtype: unknown name 'float16'; did you mean '.*float.*'.*known: float32, bfloat16, float64",
+        ),
+        ("  start: random", "model.start: unknown name 'random'; known: zero, input$"),
         ("  tolerance: 0.1\n  no_grad_passes: 0", "model: tolerance needs no_grad_passes of at least 1"),
         ("  sharing:", "model.sharing: expected a map"),
         ("  sharing: lckv(warmup=3)", "model.sharing: .*give an even number"),
@@ -227,13 +230,23 @@ def test_first_of_two_sections_is_not_lost(load):
         ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate: .*got nan"),
         ("optimizer: {learning_rate: .inf}", "optimizer.learning_rate: .*got inf"),
         ("optimizer: {b2: 1.0}", "optimizer.b2: .*less than 1"),
-        ("data: {sources: [1]}", "data.sources.0: .*valid string, got 1"),
+        ("data: {sources: [1]}", "data.sources.0: .*got 1"),
+        ("data: {sources: [{path: a, feild: b}]}", "data.sources.0.feild: unknown key; did you mean 'field'?"),
+        ("data: {sources: [{path: a, weight: 0.5}, b]}", "data: sources: some have a weight and some have none"),
+        ("data: {sources: [{path: a, weight: 0.5}, {path: b, weight: 0.4}]}", "sources: the weights add up to 0.9"),
+        ("data: {validation: [{path: a, weight: 1.0}]}", "data: validation: its sources have no weight"),
+        ("optimizer: {name: adam}", "optimizer.name: unknown name 'adam'; did you mean 'adamw'?"),
+        ("optimizer: {schedule: cosin}", "optimizer.schedule: unknown name 'cosin'; did you mean 'cosine'?"),
+        ("metrics: {profile: [5, 2]}", "metrics.profile: .*5 is after 2"),
         ("data: {validation_fraction: 0}", "data.validation_fraction: .*greater than 0"),
         ("mesh: {data: -1, fsdp: -1}", "mesh: data=.*: each axis is a positive size, and at most one is -1"),
         ("mesh: {fsdp: 0}", "mesh: data=.*: each axis is a positive size"),
         ("mesh: {data: 1, tensor: -2}", "mesh: data=.*: each axis is a positive size"),
         ("  rope_scaling: {factor: 2}", "model.rope_scaling.type: is missing"),
-        ("  rope_scaling: {type: yarn, factor: 2}", "model.rope_scaling.type: .*'linear' or 'llama3', got 'yarn'"),
+        (
+            "  rope_scaling: {type: yarn, factor: 2}",
+            "model.rope_scaling.type: unknown name 'yarn'.*known: linear, llama3",
+        ),
         ("  rope_scaling: {type: linear, factor: 0.5}", "model.rope_scaling.factor: .*greater than or equal to 1"),
         ("  rope_scaling: {type: llama3, factor: 2, low_freq_factor: 4}", "high_freq_factor must be larger"),
         ("data: [", "^FILE: not valid YAML"),

@@ -12,6 +12,7 @@ ORDER = [  # lowest first; a name stands for the modules under it; those of one 
     ["errors"],
     ["families"],
     ["sharing"],
+    ["config_text"],
     ["config"],
     ["model.axes"],
     ["model.attention"],

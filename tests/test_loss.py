@@ -16,7 +16,7 @@ from lckv_jax.model.transformer import Transformer, forward, init_params
 
 SIZES = {
     "vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1,
-    "head_dim": 4, "init_std": 0.3, "remat": False,
+    "head_dim": 4, "init_std": 0.3, "remat": "none",
 }  # fmt: skip
 B, T, D, V = 2, 7, 5, 11
 

@@ -71,7 +71,7 @@ def test_enough_passes_equal_token_by_token(spec):
         {"tie_embeddings": True, "num_kv_heads": 1},
         {"num_kv_heads": 4, "rope_scaling": {"type": "linear", "factor": 3.0}},
         {"rope_scaling": {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}},
-        {"remat": False, "norm_eps": 1e-2},
+        {"remat": "none", "norm_eps": 1e-2},
     ],
     ids=str,
 )
@@ -127,7 +127,7 @@ def test_causality_by_gradients(spec):
 @pytest.mark.parametrize("spec", ["grid(sandwich,middle,3)", "3_3_3_0_4s_4", "0_2_2_1_4_5"])
 def test_no_grad_passes_carry_no_gradient(spec):
     """The gradient is that of b passes, run layer by layer, after m passes of other, constant parameters."""
-    config, params, tokens = make(spec, remat=False)
+    config, params, tokens = make(spec, remat="none")
     want = jax.jit(jax.grad(lambda p: _loss_by_hand(params, p, config, tokens, m=2, b=2)))(params)
     got = jax.jit(jax.grad(lambda p: loss(p, config, tokens, no_grad_passes=2, grad_passes=2)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), got, want)

@@ -110,7 +110,7 @@ def prepare(data: DataConfig, vocab_size: int, report: Callable[[str], object] =
         _check_tokenizer(manifest, folder)
         return manifest
     started = time.monotonic()
-    corpus = scan(data.sources, data.validation_fraction)
+    corpus = scan([source.path for source in data.sources], data.validation_fraction)
     report(_describe(corpus) + f" ({time.monotonic() - started:.1f} s)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def prepare(data: DataConfig, vocab_size: int, report: Callable[[str], object] =
 
 def _check_settings(manifest: Manifest, data: DataConfig, vocab_size: int) -> None:
     wanted = {
-        "data.sources": (manifest.sources, data.sources),
+        "data.sources": (manifest.sources, tuple(source.path for source in data.sources)),
         "data.tokenizer": (manifest.tokenizer, data.tokenizer),
         "model.vocab_size": (manifest.vocab_size, vocab_size),
         "data.validation_fraction": (manifest.validation_fraction, data.validation_fraction),
@@ -224,7 +224,7 @@ def _write_shards(
     counts = "; ".join(f"{split} {info.documents} documents, {info.tokens} tokens" for split, info in infos.items())
     report(f"tokenised {counts} ({time.monotonic() - started:.1f} s)")
     return Manifest(
-        sources=data.sources,
+        sources=tuple(source.path for source in data.sources),
         tokenizer=data.tokenizer,
         vocab_size=vocab_size,
         validation_fraction=data.validation_fraction,

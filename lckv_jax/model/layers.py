@@ -104,7 +104,7 @@ def attention(
         k_seg_BS=context.seg_BT,
         strict=strict,
         window=config.window if windowed else None,
-        backend=config.attention,
+        backend="xla",
     )
     out = jnp.einsum("BTNH,NHD->BTD", out, p["wo"])
     return out + p["bo"][None, None] if config.attention_bias else out
@@ -149,10 +149,10 @@ def run_layers(
     """All layers of a run, scanned: their output, and the K,V of the owners among them by layer."""
     body = partial(layer, config, run, context, reads)
     if run.stop - run.start == 1:
-        body = jax.checkpoint(body) if config.remat else body
+        body = jax.checkpoint(body) if config.remat != "none" else body
         x, kv = body(x_BTD, jax.tree.map(lambda p: p[0], (stack.layers, stack.kv)))
         return x, {} if kv is None else {run.start: kv}
-    body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
+    body = jax.checkpoint(body, prevent_cse=False) if config.remat != "none" else body
     x, kvs = jax.lax.scan(body, x_BTD, (stack.layers, stack.kv))
     if kvs is None:
         return x, {}
