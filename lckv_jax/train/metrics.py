@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +30,56 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives the OSErrors of reads and writes inside (a full disk, say) the file name that only `open` gives them."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def strict(record: Record) -> Record:
+    """The record with null for each number that JSON has no word for, and the names of those in `non_finite`.
+
+    Numbers in lists are looked at too; their name is `layer_grad_norms[3]`.
+    """
+    bad: list[str] = []
+
+    def clean(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            bad.append(name)
+            return None
+        return value
+
+    cleaned = {name: clean(name, value) for name, value in record.items()}
+    return {**cleaned, "non_finite": bad} if bad else cleaned
+
+
 class MetricsFile:
-    """Appends one strict-JSON line a record and flushes it; non-finite numbers become null and are named."""
+    """Appends one strict-JSON line a record (see `strict`) and flushes it. Raises OSError with the file's name."""
 
     def __init__(self, path: Path, start_step: int):
         """Keeps the records up to `start_step`; those of work lost since then are dropped."""
+        self._path = path
         kept = [record for record in read_metrics(path) if record["step"] <= start_step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+        with naming(partial):
+            partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
         os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        bad = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            record = {**record, **dict.fromkeys(bad), "non_finite": bad}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(strict(record), allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 class ProgressLine:
@@ -66,12 +98,8 @@ class ProgressLine:
         if step == self._first + 1:
             self._started = time.monotonic()  # the first step holds the compilation
         done = step - self._first - 1
-        left = (time.monotonic() - self._started) / done * (self._steps - step) if done else math.nan
-        place = f"{step:>{len(str(self._steps))}}/{self._steps}"
-        line = (  # fits a terminal of 80 columns
-            f"step {place}  loss {record['loss']:.4f}  {record['tokens_per_second']:>7,.0f} tok/s  "
-            f"passes {record['passes']}  residual {record['residual']:.1e}  eta {_clock(left)}"
-        )
+        left = (time.monotonic() - self._started) / done * (self._steps - step) if done > 0 else math.nan
+        line = progress_text(record, self._steps, left)
         self._live.update(self._task, completed=step, description=line)
         if not self._console.is_terminal and (step % self._log_every == 0 or step in (self._first + 1, self._steps)):
             self.say(line)
@@ -84,7 +112,28 @@ class ProgressLine:
         self._live.stop()
 
 
-def _clock(seconds: float) -> str:
+def progress_text(record: Record, steps: int, seconds_left: float) -> str:
+    """One line of fewer than 80 characters about a step: what fits of it, the most wanted first.
+
+    The residual gives way to the MFU where the peak of the device is known; metrics.jsonl has both.
+    """
+    parts = [  # (rank, text): in the order they are shown; the lowest ranks are left out where the line is full
+        (9, f"step {record['step']:>{len(str(steps))}}/{steps}"),
+        (9, f"loss {record['loss']:.4f}"),
+        (4, f"{record['tokens_per_second']:>7,.0f} tok/s"),
+        (2, f"passes {record['passes']:g}"),
+        (3, f"mfu {record['mfu']:.1%}") if "mfu" in record else (1, f"residual {record['residual']:.1e}"),
+    ]
+    if record.get("skipped"):
+        parts.append((5, f"skipped {record['skipped']:g}"))
+    parts.append((6, f"eta {clock_text(seconds_left)}"))
+    while len(line := "  ".join(text for _, text in parts)) >= 80:
+        parts.remove(min(parts))
+    return line
+
+
+def clock_text(seconds: float) -> str:
+    """A duration as minutes:seconds or hours:minutes:seconds."""
     if not math.isfinite(seconds):
         return "-:--"
     minutes, seconds = divmod(round(seconds), 60)
@@ -106,4 +155,5 @@ def draw_loss_curve(records: list[Record], vocab_size: int, path: Path) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
