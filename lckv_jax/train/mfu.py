@@ -86,15 +86,16 @@ def utilisation(
     """
     seq_len = config.data.seq_len
     each = tokens_per_second / devices
-    executed = each * _training_flops(config.model, seq_len, max(passes - config.model.grad_passes, 0))
+    no_grad_passes = max(passes - config.model.grad_passes, 0)  # 0 where the map has no cyclic span
+    executed = each * _training_flops(config.model, seq_len, no_grad_passes)  # pyright: ignore[reportArgumentType]
     record = {"device_flops_per_second": executed}
     if peak is not None:
-        record["mfu"] = each * _standard_flops(config.model, seq_len) / peak
+        record["mfu"] = each * _standard_flops(config.model, seq_len) / peak  # pyright: ignore[reportArgumentType]
         record["hfu"] = executed / peak
     return {name: float(f"{value:.5g}") for name, value in record.items()}
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # a frozen model hashes, which pyright does not know
 def _training_flops(model: ModelConfig, seq_len: int, no_grad_passes: int) -> float:
     # model_copy does not validate: a tolerance beside m = 0 is no mistake here
     return model.model_copy(update={"no_grad_passes": no_grad_passes}).flops(seq_len).train
