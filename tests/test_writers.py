@@ -9,24 +9,12 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from small_runs import run_config
 
-from lckv_jax.config import RunConfig, build_config
 from lckv_jax.errors import UserError
 from lckv_jax.train import writers
 from lckv_jax.train.metrics import read_metrics
 from lckv_jax.train.writers import check_writers, open_writers, scalars
-
-
-def run_config(out, **metrics):
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 4, "num_heads": 4}
-    tree = {
-        "out": str(out),
-        "model": {**sizes, "num_kv_heads": 2, "head_dim": 4},
-        "optimizer": {"warmup_steps": 0},
-        "train": {"steps": 9},
-        "metrics": metrics,
-    }
-    return build_config(RunConfig, tree, "test")
 
 
 def write_steps(config, out, start, stop):
@@ -75,7 +63,7 @@ def test_numbers_that_json_has_no_word_for(tmp_path):
 
 
 def test_tensorboard_shows_every_record(tmp_path):
-    write_steps(run_config(tmp_path, tensorboard=True), tmp_path, 0, 3)
+    write_steps(run_config(tmp_path, {"tensorboard": True}), tmp_path, 0, 3)
     folder = tmp_path / "tensorboard"
     assert curve(folder, "loss") == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]
     assert curve(folder, "norms/01") == [(1, 1.0), (2, 2.0), (3, 3.0)]
@@ -84,7 +72,7 @@ def test_tensorboard_shows_every_record(tmp_path):
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path):
-    config = run_config(tmp_path, tensorboard=True)
+    config = run_config(tmp_path, {"tensorboard": True})
     write_steps(config, tmp_path, 0, 6)
     write_steps(config, tmp_path, 4, 8)  # from the checkpoint of step 4: 5 and 6 were lost work
     steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
@@ -93,7 +81,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 
 def test_tensorboard_takes_what_is_not_finite_or_too_large(tmp_path):
-    opened = open_writers(run_config(tmp_path, tensorboard=True), tmp_path, 0)
+    opened = open_writers(run_config(tmp_path, {"tensorboard": True}), tmp_path, 0)
     opened.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "perplexity": 1e300, "best": None})
     opened.close()
     (nan,) = curve(tmp_path / "tensorboard", "loss")
@@ -109,7 +97,7 @@ def test_tensorboard_does_without_torch(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorboardX"]:
         monkeypatch.delitem(sys.modules, name)
-    check_writers(run_config(tmp_path, tensorboard=True).metrics)
+    check_writers(run_config(tmp_path, {"tensorboard": True}).metrics)
     assert "torch" not in sys.modules
 
 
@@ -124,7 +112,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, metrics, package, mes
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    config = run_config(tmp_path, **metrics)
+    config = run_config(tmp_path, metrics)
     with pytest.raises(UserError, match=message):
         check_writers(config.metrics)
     with pytest.raises(UserError, match=message):
@@ -137,7 +125,7 @@ def test_a_folder_called_wandb_is_not_the_package(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="pip install wandb"):
-        check_writers(run_config(tmp_path, wandb="lckv").metrics)
+        check_writers(run_config(tmp_path, {"wandb": "lckv"}).metrics)
 
 
 class FakeWandb:
@@ -165,7 +153,7 @@ class FakeWandb:
 def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = run_config(tmp_path, wandb="lckv")
+    config = run_config(tmp_path, {"wandb": "lckv"})
     write_steps(config, tmp_path, 0, 2)
     write_steps(config, tmp_path, 2, 3)
     first, second = wandb.inits
@@ -186,19 +174,19 @@ def test_what_wandb_says_is_passed_on_and_the_other_files_are_closed(tmp_path, m
     closed = []
     monkeypatch.setattr(writers.MetricsFile, "close", lambda self: closed.append(self))
     with pytest.raises(UserError, match=r"refuses to start: No API key configured\.; run `wandb login`, "):
-        open_writers(run_config(tmp_path, wandb="lckv"), tmp_path, 0)
+        open_writers(run_config(tmp_path, {"wandb": "lckv"}), tmp_path, 0)
     assert len(closed) == 1
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    write_steps(run_config(tmp_path, tensorboard=True), tmp_path, 0, 2)
+    write_steps(run_config(tmp_path, {"tensorboard": True}), tmp_path, 0, 2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_names_the_file(tmp_path):
     """The device /dev/full takes nothing; all files are closed all the same."""
-    opened = open_writers(run_config(tmp_path, tensorboard=True), tmp_path, 0)
+    opened = open_writers(run_config(tmp_path, {"tensorboard": True}), tmp_path, 0)
     jsonl, tensorboard = opened._writers
     tensorboard.close()
     tensorboard._file._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115

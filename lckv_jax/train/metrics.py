@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from lckv_jax.train.clock import duration
+
 Record = dict[str, Any]
 
 
@@ -126,18 +128,10 @@ def progress_text(record: Record, steps: int, seconds_left: float) -> str:
     ]
     if record.get("skipped"):
         parts.append((5, f"skipped {record['skipped']:g}"))
-    parts.append((6, f"eta {clock_text(seconds_left)}"))
+    parts.append((6, f"eta {duration(seconds_left)}"))
     while len(line := "  ".join(text for _, text in parts)) >= 80:
         parts.remove(min(parts))
     return line
-
-
-def clock_text(seconds: float) -> str:
-    """A duration as minutes:seconds or hours:minutes:seconds."""
-    if not math.isfinite(seconds):
-        return "-:--"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def draw_loss_curve(records: list[Record], vocab_size: int, path: Path) -> None:

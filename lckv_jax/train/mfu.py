@@ -81,8 +81,8 @@ def utilisation(
     devices. hfu (hardware FLOP utilisation): that / peak. mfu (model FLOP utilisation): the same with the training
     FLOPs a token of the standard map of the same sizes, whatever the passes cost. So mfu compares runs by the tokens
     they get through, hfu says how busy the devices were; hfu / mfu is the price of the passes. The FLOPs are those of
-    the formula in KVSharing.flops: full rows, recomputation (remat) and validation not counted. mfu and hfu are left
-    out where the peak is None.
+    the formula in KVSharing.flops: full rows, recomputation (remat) and validation not counted; `passes` is the most
+    that any micro-batch made, so with a tolerance hfu is an upper bound. mfu and hfu are left out where peak is None.
     """
     seq_len = config.data.seq_len
     each = tokens_per_second / devices
