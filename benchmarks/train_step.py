@@ -37,12 +37,10 @@ def prepare_step(config: RunConfig):
         batch = jax.device_put({k: v.astype(np.int32) for k, v in batch.items()}, batch_sharding(mesh))
         started = time.perf_counter()
         compiled = (
-            make_train_step(config, optimizer, mesh)
-            .lower(abstract_state(config.model, optimizer, mesh), batch)
-            .compile()
+            make_train_step(config, optimizer, mesh).lower(abstract_state(config, optimizer, mesh), batch).compile()
         )
         seconds = time.perf_counter() - started
-        state = init_state(config.model, optimizer, mesh, 0)
+        state = init_state(config, optimizer, mesh)
 
     def step() -> None:
         nonlocal state

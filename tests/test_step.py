@@ -26,7 +26,7 @@ def test_compiled_step_donates_the_state_and_holds_no_full_logits(tiny_config):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        state = abstract_state(config.model, optimizer, mesh)
+        state = abstract_state(config, optimizer, mesh)
         row = jax.ShapeDtypeStruct(
             (config.data.batch_size, config.data.seq_len + 1), jnp.int32, sharding=batch_sharding(mesh)
         )

@@ -24,7 +24,8 @@ from lckv_jax.model.transformer import check_dtype
 from lckv_jax.parallel.mesh import batch_sharding, check_sizes, make_mesh, replicated_dims
 from lckv_jax.train.metrics import MetricsFile, ProgressLine, Record, draw_loss_curve, read_metrics
 from lckv_jax.train.optimizer import make_optimizer
-from lckv_jax.train.state import TrainState, abstract_state, init_state
+from lckv_jax.train.spikes import refuse_to_go_on
+from lckv_jax.train.state import TrainState, abstract_state, evaluated_params, init_state
 from lckv_jax.train.step import make_eval_step, make_train_step
 
 # What may differ between the run in a folder and the config that resumes it: the mathematics stays the same.
@@ -53,11 +54,11 @@ def train(config: RunConfig) -> None:
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         restored = checkpoint.restore(
             manager,
-            abstract_state(config.model, optimizer, mesh),
+            abstract_state(config, optimizer, mesh),
             check=lambda meta: _check_same_run(config, manifest, meta),
             report=say,
         )
-        state = restored[0] if restored else init_state(config.model, optimizer, mesh, config.seed)
+        state = restored[0] if restored else init_state(config, optimizer, mesh)
         if restored:
             say(f"resuming {out} from step {int(state['step'])}")
         _claim_folder(config, out)  # only now is it certain that the folder is this run's
@@ -131,11 +132,11 @@ class _Run:
             rows.close()
 
     def read(self, pending: tuple[int, Any] | None) -> None:
-        """Waits for the metrics of a step, writes and shows them. Raises UserError if they are not finite."""
+        """Waits for the metrics of a step, writes and shows them. Raises UserError if training cannot go on."""
         if pending is None:
             return
         step, metrics = pending
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self.read_at = now - self.read_at, now
         tokens = self.config.data.batch_size * self.config.data.seq_len
@@ -147,12 +148,7 @@ class _Run:
             "tokens_per_second": round(tokens / seconds, 1),
         }
         self.file.write(record)
-        bad = [name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])]
-        if bad:
-            raise UserError(
-                f"step {step}: {bad[0]} is not finite (batch {step - 1} of seed {self.config.seed}); nothing was saved "
-                "since; lower optimizer.learning_rate or change the seed in a new `out`"
-            )
+        refuse_to_go_on(self.config, values, step, self.manager.latest_step())
         self.progress.update(record)
 
     def validate(self, step: int, state: TrainState) -> None:
@@ -160,7 +156,7 @@ class _Run:
         dataset = self.datasets.valid
         total, count = 0.0, 0
         for index in range(min(self.config.train.eval_batches, len(dataset))):
-            nll, tokens = self.evaluate(state["params"], jax.device_put(dataset[index], self.sharding))
+            nll, tokens = self.evaluate(evaluated_params(state), jax.device_put(dataset[index], self.sharding))
             total, count = total + float(nll), count + int(tokens)
         loss = total / count
         if not math.isfinite(loss):
