@@ -37,9 +37,7 @@ def losses(config: RunConfig, steps: int) -> list[float]:
     """The training loss of each of the first steps."""
     data = config.data
     manifest = prepare(data, config.model.vocab_size, print)
-    rows = batches(
-        data.folder, manifest, "train", seq_len=data.seq_len, batch_size=data.batch_size, seed=config.seed
-    )
+    rows = batches(data.folder, manifest, "train", seq_len=data.seq_len, batch_size=data.batch_size, seed=config.seed)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
