@@ -158,7 +158,7 @@ def test_float64_in_float64_out():
 
 
 def test_unknown_backend_and_half_given_segments():
-    with pytest.raises(UserError, match="no backend 'flash'; use xla"):
+    with pytest.raises(UserError, match="attention=flash: there is no such kernel; use auto, xla"):
         run(LAYOUTS["line"], strict=False, backend="flash")
     with pytest.raises(ValueError, match="segments for both"):
         run(LAYOUTS["documents"] | {"k_seg": None}, strict=False)

@@ -15,6 +15,7 @@ ORDER = [  # lowest first; a name stands for the modules under it; those of one 
     ["config_text"],
     ["config"],
     ["model.axes"],
+    ["model.kernels"],
     ["model.attention"],
     ["model.layers"],
     ["model.refine"],

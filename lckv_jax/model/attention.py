@@ -6,9 +6,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lckv_jax.config import RopeScaling
-from lckv_jax.errors import UserError
+from lckv_jax.model import kernels
 
 
 def wider(dtype: jnp.dtype) -> jnp.dtype:
@@ -77,20 +78,35 @@ def attend(
     k_seg_BS: jax.Array | None = None,
     strict: bool,
     window: int | None = None,
+    plain: bool = False,
     backend: str = "xla",
 ) -> jax.Array:
     """Softmax attention of grouped query heads, [B, T, N, H] in the dtype of q.
 
     N is a multiple of K: query heads nG..nG+G-1 read K/V head n. Who may read what: see `readable`. A query with
     nothing to read gets exactly zeros. Softmax in float32 or wider.
-    Raises UserError for an unknown backend.
+    plain: the caller knows that both positions are 0..T-1 in every row and that there are no segments.
+    backend: `xla` is the reference; `cudnn`, and `splash`, which has a condition of its own; `auto` as in
+    `kernels.choose_backend`. Raises UserError for a backend that cannot serve, with the setting to change.
     """
-    if backend != "xla":
-        raise UserError(f"attention: there is no backend {backend!r}; use xla")
     if (q_seg_BT is None) != (k_seg_BS is None):
         raise ValueError("give segments for both queries and keys, or for neither")
+    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    if plain and (T != S or q_seg_BT is not None):
+        raise ValueError("plain attention is that of one text a row to itself")
+    if backend != "xla":
+        backend, _ = kernels.resolve(backend, kernels.Call(kernels.local_platform(), q_BTNH.dtype.name, H, T, S))
+    if backend == "splash":
+        documents_BT = None if plain else jnp.zeros_like(q_pos_BT) if q_seg_BT is None else q_seg_BT
+        if documents_BT is not None:
+            documents_BT = jnp.where(q_pos_BT >= 0, documents_BT, kernels.PADDING)
+        return kernels.splash(q_BTNH, k_BSKH, v_BSKH, documents_BT, strict=strict, window=window)
+    if backend == "cudnn" and plain:
+        return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, None, strict=strict, window=window)
     mask_BTS = readable(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, strict=strict, window=window)
-    return _attend_xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    if backend == "cudnn":
+        return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, strict=strict, window=window)
+    return checkpoint_name(_attend_xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS), kernels.SAVED)
 
 
 def _attend_xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

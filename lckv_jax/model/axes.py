@@ -27,9 +27,9 @@ def parameter_spec(dims: str, whole: str = "") -> PartitionSpec:
     return PartitionSpec(*(None if dim in whole else _AXES[dim][0] for dim in dims))
 
 
-def activation_spec(dims: str) -> PartitionSpec:
-    """How an activation of dims such as "BTD" lies on the mesh."""
-    return PartitionSpec(*(_AXES[dim][1] for dim in dims))
+def activation_spec(dims: str, whole: str = "") -> PartitionSpec:
+    """How an activation of dims such as "BTD" lies on the mesh; the dims in `whole` are not split."""
+    return PartitionSpec(*(None if dim in whole else _AXES[dim][1] for dim in dims))
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:

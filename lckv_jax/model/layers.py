@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 from lckv_jax.config import ModelConfig
 from lckv_jax.model.attention import attend, rope_frequencies, rope_tables, rotate, wider
 from lckv_jax.model.axes import constrain
+from lckv_jax.model.kernels import save_attention
 from lckv_jax.sharing import Run
 
 Params = dict[str, Any]
@@ -23,13 +27,19 @@ class KV(NamedTuple):
     v_BSKH: jax.Array
 
 
-class Context(NamedTuple):
-    """What every layer needs to know of the tokens: positions (-1 = padding), segments, rotary tables."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs to know of the tokens: positions (-1 = padding), segments, rotary tables.
+
+    plain: whether it is known, while tracing, that every row is one text with the positions 0..T-1.
+    """
 
     pos_BT: jax.Array
     seg_BT: jax.Array | None
     cos: jax.Array
     sin: jax.Array
+    plain: bool = field(default=False, metadata={"static": True})
 
 
 class Stack(NamedTuple):
@@ -40,11 +50,11 @@ class Stack(NamedTuple):
     kv: Params | None
 
 
-def make_context(config: ModelConfig, pos_BT: jax.Array, seg_BT: jax.Array | None) -> Context:
+def make_context(config: ModelConfig, pos_BT: jax.Array, seg_BT: jax.Array | None, *, plain: bool = False) -> Context:
     """The context of tokens at the given positions, with rotary tables in float32 or the wider compute dtype."""
     dtype = wider(jnp.dtype(config.dtype))
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, dtype)
-    return Context(pos_BT, seg_BT, *rope_tables(pos_BT, frequencies))
+    return Context(pos_BT, seg_BT, *rope_tables(pos_BT, frequencies), plain)
 
 
 def take_stack(params: Params, config: ModelConfig, run: Run) -> Stack:
@@ -104,7 +114,8 @@ def attention(
         k_seg_BS=context.seg_BT,
         strict=strict,
         window=config.window if windowed else None,
-        backend="xla",
+        plain=context.plain,
+        backend=config.attention,
     )
     out = jnp.einsum("BTNH,NHD->BTD", out, p["wo"])
     return out + p["bo"][None, None] if config.attention_bias else out
@@ -146,14 +157,30 @@ def layer(
 def run_layers(
     config: ModelConfig, run: Run, stack: Stack, x_BTD: jax.Array, reads: KV | None, context: Context
 ) -> tuple[jax.Array, dict[int, KV]]:
-    """All layers of a run, scanned: their output, and the K,V of the owners among them by layer."""
-    body = partial(layer, config, run, context, reads)
-    if run.stop - run.start == 1:
-        body = jax.checkpoint(body) if config.remat != "none" else body
-        x, kv = body(x_BTD, jax.tree.map(lambda p: p[0], (stack.layers, stack.kv)))
-        return x, {} if kv is None else {run.start: kv}
-    body = jax.checkpoint(body, prevent_cse=False) if config.remat != "none" else body
-    x, kvs = jax.lax.scan(body, x_BTD, (stack.layers, stack.kv))
-    if kvs is None:
-        return x, {}
-    return x, {run.start + i: KV(kvs.k_BSKH[i], kvs.v_BSKH[i]) for i in range(run.stop - run.start)}
+    """All layers of a run, scanned or unrolled: their output, and the K,V of the owners among them by layer."""
+    body, length = partial(layer, config, run, context, reads), run.stop - run.start
+    x, kvs = x_BTD, []
+    if config.scan_layers and length > 1:
+        x, stacked = jax.lax.scan(_remat(config, body, scanned=True), x, (stack.layers, stack.kv))
+        kvs = [jax.tree.map(itemgetter(i), stacked) for i in range(length)]
+    else:
+        body = _remat(config, body, scanned=False)
+        for i in range(length):
+            x, kv = body(x, jax.tree.map(itemgetter(i), (stack.layers, stack.kv)))
+            kvs.append(kv)
+    return x, {run.start + i: kv for i, kv in enumerate(kvs) if kv is not None}
+
+
+_SAVEABLE = {
+    "full": None,
+    "attention": save_attention,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those with weights; attention's have batch dims
+}
+
+
+def _remat(config: ModelConfig, body: Callable[..., Any], *, scanned: bool) -> Callable[..., Any]:
+    """The body of a layer such that its backward pass recomputes what `config.remat` does not save."""
+    if config.remat == "none":
+        return body
+    # XLA could undo it by sharing work between forward and backward pass, but not where each is a loop of its own
+    return jax.checkpoint(body, policy=_SAVEABLE[config.remat], prevent_cse=not scanned)

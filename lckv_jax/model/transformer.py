@@ -125,9 +125,10 @@ def hidden_states(
     if not isinstance(no_grad_passes, Tracer):
         no_grad_passes = operator.index(no_grad_passes)
     grad_passes = config.grad_passes if grad_passes is None else max(grad_passes, 1)  # an official b = 0 means 1
+    plain = positions_BT is None and segment_ids_BT is None
     if positions_BT is None:
         positions_BT = positions_in_segments(tokens_BT, segment_ids_BT)
-    context = make_context(config, positions_BT, segment_ids_BT)
+    context = make_context(config, positions_BT, segment_ids_BT, plain=plain)
     embed_VD = constrain(params["embed"], "VD")  # gathered over fsdp first: a lookup in a split width would replicate
     x = constrain(embed_VD[tokens_BT].astype(config.dtype), "BTD")
     slots: Slots = {}
