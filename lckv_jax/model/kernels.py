@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,49 +118,48 @@ def cudnn(
     *,
     strict: bool,
     window: int | None,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """`jax.nn.dot_product_attention` with the rows that have nothing to read set to zero, [B, T, N, H].
 
     mask_BTS: who may read what (`strict` and `window` are then not looked at); None: every row is one text, so that
-    the kernel can skip what is masked.
+    the kernel can skip what is masked. jax trains cuDNN attention at even lengths only, so odd ones get one row more.
     """
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if mask_BTS is None and strict and (T == 1 or window == 1):
+        return jnp.zeros_like(q_BTNH)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
     if mask_BTS is None:
         kernel = partial(_cudnn_causal, strict=strict, window=window, implementation=implementation)
-        return _split_over_mesh(kernel, q_BTNH, k_BSKH, v_BSKH)
-    return _split_over_mesh(partial(_cudnn_masked, implementation=implementation), q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        return _split_over_mesh(kernel, q, k, v)[:, :T]
+    mask = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, S % 2)))
+    out = _split_over_mesh(partial(_cudnn_masked, implementation=implementation), q, k, v, mask)[:, :T]
+    return jnp.where(mask_BTS.any(axis=-1)[:, :, None, None], out, 0)
 
 
 def _cudnn_causal(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, strict: bool, window: int | None, implementation: Any
 ) -> jax.Array:
-    """Strict is causal one token later: query t stands beside key t-1, and query 0 reads nothing.
+    """Strict is causal with each query one place earlier: query t stands beside key t-1, the newest that it reads.
 
-    A window w is then w-1 keys, the newest of which is t-1.
+    The first query falls out and reads nothing; behind the last one comes a row that nobody looks at. A window w is
+    then w-1 keys.
     """
     T = q_BTNH.shape[1]
+    q = jnp.pad(q_BTNH[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0))) if strict else q_BTNH
     most = T if window is None else window - strict  # keys that a query reads
-    if strict and (T == 1 or most == 0):
-        return jnp.zeros_like(q_BTNH)
-    if strict:
-        q_BTNH, k_BTKH, v_BTKH = q_BTNH[:, 1:], k_BTKH[:, :-1], v_BTKH[:, :-1]
-    local = None if most >= q_BTNH.shape[1] else (most - 1, 0)
+    local = None if most >= T else (most - 1, 0)
     out = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation=implementation
+        q, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation=implementation
     )
-    return jnp.pad(out, ((0, 0), (1, 0), (0, 0), (0, 0))) if strict else out
+    return jnp.pad(out[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))) if strict else out
 
 
 def _cudnn_masked(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, *, implementation: Any
 ) -> jax.Array:
-    """jax turns the mask into an additive bias, which cuDNN trains with at even lengths only: one row more if odd."""
-    T, S = mask_BTS.shape[1:]
-    rows = ((0, 0), (0, T % 2), (0, 0), (0, 0)), ((0, 0), (0, S % 2), (0, 0), (0, 0))
-    q, k, v = jnp.pad(q_BTNH, rows[0]), jnp.pad(k_BSKH, rows[1]), jnp.pad(v_BSKH, rows[1])
-    mask = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, S % 2)))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
-    return jnp.where(mask.any(axis=-1)[:, :, None, None], out, 0)[:, :T]
+    """jax turns the mask into an additive bias in the dtype of q."""
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation=implementation)
 
 
 def splash(
