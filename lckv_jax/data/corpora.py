@@ -1,4 +1,7 @@
-"""Text sources: sources -> files -> documents, and which documents are held out for validation."""
+"""Text sources: sources -> files -> documents, and which documents are held out for validation.
+
+Memory is bounded by the largest document, whatever the size of the corpus.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ import itertools
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from lckv_jax.config import SourceConfig
+from lckv_jax.data.formats import Texts, has_fields, read_texts
+from lckv_jax.data.tfds import open_tfds, read_tfds
 from lckv_jax.errors import UserError
 
 Split = Literal["train", "valid"]
@@ -21,52 +28,60 @@ _NOT_BUILTIN = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packag
 
 
 class Document(NamedTuple):
-    """A text and its name, which does not depend on the machine: the path below the fixed part of the glob."""
+    """A text and its name, which does not depend on the machine: the path below the fixed part of the glob.
+
+    `documents` says how records are named.
+    """
 
     name: str
     text: str
 
 
 class Corpus(NamedTuple):
-    """What `scan` found: sources that hold at least two documents, or one that can be cut in two.
+    """What `scan` decided: sources that hold at least two documents, or one that can be cut in two.
 
-    documents: how many are not empty. skipped: built-in files that are not UTF-8.
     blocks: 0 if whole documents are held out, else the number of blocks that the corpus is cut into.
     """
 
-    sources: tuple[str, ...]
+    sources: tuple[SourceConfig, ...]
     validation_fraction: float
-    documents: int
-    skipped: int
     blocks: int
 
 
-class _File(NamedTuple):
+class _Part(NamedTuple):
+    """A file, or a split of a TFDS folder. key: what it is read from, for finding one that is named twice."""
+
     name: str
-    path: Path
-    builtin: bool
+    key: str
+    texts: Callable[[], Texts]
+    builtin: bool = False
 
 
-def documents(sources: Sequence[str], skipped: list[str] | None = None) -> Iterator[Document]:
-    """The documents of all sources in order, one a file; a file of white space only is no document.
+def documents(sources: Sequence[SourceConfig], skipped: list[str] | None = None) -> Iterator[Document]:
+    """The documents of all sources, always in the same order; one of white space only is no document.
 
-    sources: `builtin` (the Python standard library's own source without its tests) or globs of UTF-8 text files, where
-    `**` and `~` work. skipped: collects the names of built-in files that are not UTF-8. Line ends stay as they are.
-    Raises UserError for a glob without a file, a file named twice, a file that cannot be read or is not UTF-8.
+    Of a text file the whole is one document, named as the file; of a file of records each record is one, named
+    `FILE#NUMBER`: lines of JSON from 1, rows of parquet and TFDS examples from 0. Line ends stay as they are.
+    skipped: collects the names of files of `builtin` that are not UTF-8.
+    Raises UserError for a source that means nothing, a file named twice, and for whatever cannot be read as text.
     """
-    files = [file for source in sources for file in _find(source)]  # all of them before the first, long, reading
-    _refuse_repeats(files)
-    for file in files:
+    parts = [part for source in sources for part in _find(source)]  # all of them before the first, long, reading
+    _refuse_repeats(parts)
+    for part in parts:
         try:
-            text = _read(file.path)
+            for number, text in part.texts():
+                if text.strip():
+                    yield Document(part.name if number is None else f"{part.name}#{number}", text)
         except UserError:
-            if not file.builtin:
+            if not part.builtin:
                 raise
             if skipped is not None:
-                skipped.append(file.name)
-            continue
-        if text.strip():
-            yield Document(file.name, text)
+                skipped.append(part.name)
+
+
+def check_repeats(sources: Sequence[SourceConfig]) -> None:
+    """Raises UserError if the sources name a file twice; for sources that are read one by one, or to validate on."""
+    _refuse_repeats([part for source in sources for part in _find(source)])
 
 
 def is_validation(name: str, fraction: float) -> bool:
@@ -74,42 +89,39 @@ def is_validation(name: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
 
 
-def scan(sources: Sequence[str], validation_fraction: float) -> Corpus:
-    """Reads all sources once and decides how validation text is held out.
+def scan(sources: Sequence[SourceConfig], validation_fraction: float) -> Corpus:
+    """Decides how validation text is held out, and reads no further than it must for that.
 
     Documents are held out whole, by a hash of their names. If that leaves a split empty, as it must for one text file,
     the corpus is cut into blocks of 4096 to 12288 characters, at blank lines where there are any, and evenly spaced
     blocks are held out. Raises UserError if there is no text, or too little to cut in two.
     """
-    skipped: list[str] = []
-    count = held_out = 0
-    for document in documents(sources, skipped):
+    count = held_out = blocks = 0
+    for document in documents(sources):
         count += 1
         held_out += is_validation(document.name, validation_fraction)
+        if 0 < held_out < count:
+            return Corpus(tuple(sources), validation_fraction, blocks=0)
+        blocks += len(_blocks(document.text))
     if not count:
+        named = ", ".join(source.path for source in sources) or "no source"
+        raise UserError(f"data.sources: empty corpus, no text but white space in {named}; name files with UTF-8 text")
+    if blocks < 2:
         raise UserError(
-            f"data.sources: empty corpus, no text but white space in {', '.join(sources) or 'no source'}; "
-            "name UTF-8 text files"
+            f"data.sources: nothing can be held out for validation from {count} document of fewer than "
+            f"{3 * BLOCK_CHARS} characters; give more text, or a second file"
         )
-    blocks = 0
-    if held_out in (0, count):
-        blocks = sum(len(_blocks(document.text)) for document in documents(sources))
-        if blocks < 2:
-            raise UserError(
-                f"data.sources: nothing can be held out for validation from {count} document of fewer than "
-                f"{3 * BLOCK_CHARS} characters; give more text, or a second file"
-            )
-    return Corpus(tuple(sources), validation_fraction, count, len(skipped), blocks)
+    return Corpus(tuple(sources), validation_fraction, blocks)
 
 
-def split_documents(corpus: Corpus) -> Iterator[tuple[Split, Document]]:
-    """Each document of the corpus with its split, in order.
+def split_documents(corpus: Corpus, skipped: list[str] | None = None) -> Iterator[tuple[Split, Document]]:
+    """Each document of the corpus with its split, always in the same order; `skipped` as in `documents`.
 
     Where blocks are held out, neighbouring blocks of one document and one split form one document, named
     `name#first_block`.
     """
     if not corpus.blocks:
-        for document in documents(corpus.sources):
+        for document in documents(corpus.sources, skipped):
             yield _split(is_validation(document.name, corpus.validation_fraction)), document
         return
     held_out = min(corpus.blocks - 1, max(1, round(corpus.blocks * corpus.validation_fraction)))
@@ -118,7 +130,7 @@ def split_documents(corpus: Corpus) -> Iterator[tuple[Split, Document]]:
         return (2 * block * held_out + corpus.blocks) // (2 * corpus.blocks)
 
     start = 0
-    for document in documents(corpus.sources):
+    for document in documents(corpus.sources, skipped):
         numbered = list(enumerate(_blocks(document.text), start))
         for valid, group in itertools.groupby(numbered, key=lambda pair: before(pair[0] + 1) > before(pair[0])):
             run = list(group)
@@ -149,12 +161,25 @@ def _blocks(text: str) -> list[str]:
 # ---------------------------------------------------------------- files
 
 
-def _find(source: str) -> list[_File]:
-    """The files that one entry of `data.sources` means, sorted by name."""
-    return _builtin_files() if source == "builtin" else _matching_files(source)
+def _find(source: SourceConfig) -> list[_Part]:
+    """The parts that one source means, files sorted by name. Raises UserError if there is none."""
+    if source.path.startswith("tfds:"):
+        opened = open_tfds(source.path, source.field)
+        return [_Part(opened.name, f"{os.path.realpath(opened.folder)}:{opened.split}", partial(read_tfds, opened))]
+    builtin = source.path == "builtin"
+    files = _builtin_files() if builtin else _matching_files(source.path)
+    usual = SourceConfig.model_fields["field"].default
+    if source.field != usual and not any(has_fields(path) for _, path in files):
+        raise UserError(
+            f"source {source.path!r}: text files have no field {source.field!r}; "
+            "leave `field` out, or name .jsonl or .parquet files"
+        )
+    return [
+        _Part(name, os.path.realpath(path), partial(read_texts, path, source.field), builtin) for name, path in files
+    ]
 
 
-def _builtin_files() -> list[_File]:
+def _builtin_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for folder, subfolders, names in os.walk(root):
@@ -165,46 +190,30 @@ def _builtin_files() -> list[_File]:
             f"data.sources: builtin needs the source files of Python's standard library, and {root} holds none "
             "(a frozen or zipped Python); give text files instead, as in data.sources=texts/*.txt"
         )
-    return sorted(_File(path.relative_to(root).as_posix(), path, builtin=True) for path in found)
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
-def _matching_files(pattern: str) -> list[_File]:
+def _matching_files(pattern: str) -> list[tuple[str, Path]]:
     path = Path(pattern).expanduser()
     if path.is_file():
-        return [_File(path.name, path, builtin=False)]
+        return [(path.name, path)]
     if path.is_dir():
-        raise UserError(
-            f"data.sources: {pattern!r} is a folder; write a glob of its text files, as in {path.as_posix()}/**/*.txt"
-        )
+        hint = f"tfds:{path.as_posix()}" if (path / "dataset_info.json").exists() else f"{path.as_posix()}/**/*.txt"
+        raise UserError(f"source {pattern!r} is a folder; write a glob of its files, as in {hint}")
     found = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
     if not found:
         raise UserError(
-            f"data.sources: {pattern!r} matches no file in {Path.cwd()}; "
-            "name existing UTF-8 text files, or `builtin` for Python's own source"
+            f"source {pattern!r} matches no file in {Path.cwd()}; name existing files (text, .jsonl, .parquet), "
+            "a folder as tfds:FOLDER, or `builtin` for Python's own source"
         )
     root = Path(*itertools.takewhile(lambda part: not re.search(r"[*?[]", part), path.parts))
-    return sorted(_File(path.relative_to(root).as_posix(), path, builtin=False) for path in found)
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
-def _refuse_repeats(files: Sequence[_File]) -> None:
+def _refuse_repeats(parts: Sequence[_Part]) -> None:
     """The same text twice could be trained on and held out at once."""
     seen: set[str] = set()
-    for file in files:
-        path = os.path.realpath(file.path)
-        if path in seen:
-            raise UserError(f"data.sources: {file.path} is named twice; let one source match it, once")
-        seen.add(path)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(
-            f"data.sources: {path} cannot be read: {error.strerror}; mend it or leave it out of the glob"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.sources: {path} is not UTF-8 text, from byte {error.start}; "
-            "convert it (iconv -t utf-8) or leave it out of the glob"
-        ) from error
+    for part in parts:
+        if part.key in seen:
+            raise UserError(f"{part.key} is named twice in data.sources and data.validation; let one source name it")
+        seen.add(part.key)

@@ -110,7 +110,7 @@ def prepare(data: DataConfig, vocab_size: int, report: Callable[[str], object] =
         _check_tokenizer(manifest, folder)
         return manifest
     started = time.monotonic()
-    corpus = scan([source.path for source in data.sources], data.validation_fraction)
+    corpus = scan(data.sources, data.validation_fraction)
     report(_describe(corpus) + f" ({time.monotonic() - started:.1f} s)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +166,8 @@ def _plain(value: object) -> str:
 
 
 def _describe(corpus: Corpus) -> str:
-    how = f"from inside them ({corpus.blocks} blocks)" if corpus.blocks else "whole, by name"
-    skipped = f", skipped {corpus.skipped} files that are not UTF-8" if corpus.skipped else ""
-    return f"read {', '.join(corpus.sources)}: {corpus.documents} documents, validation held out {how}{skipped}"
+    how = f"from inside documents ({corpus.blocks} blocks)" if corpus.blocks else "by whole documents"
+    return f"read {', '.join(source.path for source in corpus.sources)}: validation is held out {how}"
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -214,7 +213,8 @@ def _write_shards(
         "valid": _SplitWriter(folder, "valid", dtype),
     }
     corpus_hash = hashlib.sha256()
-    for batch in _batched(split_documents(corpus)):
+    skipped: list[str] = []
+    for batch in _batched(split_documents(corpus, skipped)):
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
             name, text = document.name.encode(), document.text.encode()
@@ -222,6 +222,7 @@ def _write_shards(
             writers[split].add(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])), len(text))
     infos = {split: writer.close() for split, writer in writers.items()}
     counts = "; ".join(f"{split} {info.documents} documents, {info.tokens} tokens" for split, info in infos.items())
+    counts += f"; skipped {len(skipped)} files that are not UTF-8" * bool(skipped)
     report(f"tokenised {counts} ({time.monotonic() - started:.1f} s)")
     return Manifest(
         sources=tuple(source.path for source in data.sources),
