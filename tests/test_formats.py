@@ -87,7 +87,7 @@ def test_records_are_held_out_one_by_one_and_always_alike(tmp_path: Path) -> Non
     assert [document.text for _, document in parts] == [f"t{number}" for number in range(1000)]
     held_out = [document.name for split, document in parts if split == "valid"]
     assert 30 < len(held_out) < 70
-    assert held_out[:3] == ["a.jsonl#9", "a.jsonl#35", "a.jsonl#43"]  # on any machine
+    assert held_out[:3] == ["a.jsonl#15", "a.jsonl#47", "a.jsonl#52"]  # on any machine
     assert parts == list(split_documents(corpus))
 
 

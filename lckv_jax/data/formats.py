@@ -91,10 +91,11 @@ def _json_lines(path: Path, field: str) -> Texts:
 
 def _json_text(line: bytes, field: str, where: str) -> str:
     try:
-        record = json.loads(text_of(line, where))
+        record = json.loads(text_of(line.rstrip(), where))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where} is not JSON: {error.msg} at column {error.colno}; .jsonl and .json files hold one object a line"
+            f"{where} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}; "
+            "files called .jsonl or .json hold one object a line"
         ) from error
     except RecursionError as error:
         raise UserError(f"{where} is JSON nested too deeply to read; mend it or leave it out") from error

@@ -1,4 +1,7 @@
-"""Text <-> token ids. One protocol; sentencepiece implements it and is imported only where it is used."""
+"""Text <-> token ids: one protocol for sentencepiece models, tokenizer.json and raw bytes, and where their files lie.
+
+The libraries are imported only where they are used.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lckv_jax.data.tokenizer_json import TokenizerJson
 from lckv_jax.errors import UserError
 
 _LINE_CHARS = 4096  # at most 16384 bytes of UTF-8: the trainer drops longer lines without a word
@@ -28,7 +32,7 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Begins every document."""
+        """Begins every document. It may be the token that ends them, too: `document_starts` tells which is which."""
         ...
 
     @property
@@ -38,7 +42,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers with equal pieces; hex sha256."""
+        """Equal for tokenizers that give equal ids; hex sha256."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -57,7 +61,8 @@ class Tokenizer(Protocol):
 class SentencePiece:
     """A sentencepiece model (BPE or unigram) as a Tokenizer.
 
-    model: the bytes of a .model file. Raises ValueError if they are not one, or have no BOS or EOS.
+    model: the bytes of a .model file. Raises ValueError if they are not one, or have no BOS or EOS that text cannot
+    yield.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -72,6 +77,11 @@ class SentencePiece:
         if self.bos_id < 0 or self.eos_id < 0:
             missing = "begin (bos)" if self.bos_id < 0 else "end (eos)"
             raise ValueError(f"has no token for the {missing} of a document, which separates packed documents")
+        for id in (self.bos_id, self.eos_id):
+            if not self._processor.is_control(id):
+                raise ValueError(
+                    f"takes the text {self._processor.id_to_piece(id)!r} for the begin or end of a document"
+                )
 
     @property
     def vocab_size(self) -> int:
@@ -103,20 +113,112 @@ class SentencePiece:
         return self._processor.decode([int(id) for id in ids])
 
 
+class Bytes:
+    """The bytes of UTF-8 as ids 0 to 255, BOS 256, EOS 257. Any text round-trips; any ids decode."""
+
+    vocab_size, bos_id, eos_id = 258, 256, 257
+    fingerprint = hashlib.sha256(b"bytes of UTF-8, bos 256, eos 257").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """What is not UTF-8 becomes U+FFFD; IndexError for an id that is no byte, BOS or EOS."""
+        ids = [int(id) for id in ids]
+        if outside := [id for id in ids if not 0 <= id < self.vocab_size]:
+            raise IndexError(f"id {outside[0]} of {self.vocab_size}")
+        return bytes(id for id in ids if id < 256).decode(errors="replace")
+
+
+def document_starts(tokens_BT: np.ndarray, bos_id: int, eos_id: int) -> np.ndarray:
+    """Where documents (BOS, text, EOS) begin in rows cut from their stream: bool [B, T].
+
+    Where one token is both, a document begins at the second of two in a row. In the first column it cannot be told
+    from an end, which changes nothing: either way what follows is the first document of the row, from position 0.
+    """
+    starts_BT = tokens_BT == bos_id
+    if bos_id == eos_id:
+        starts_BT[:, 1:] &= starts_BT[:, :-1].copy()
+    return starts_BT
+
+
+# ---------------------------------------------------------------- files
+
+_BYTES = b"Tokens are bytes: ids 0 to 255; 256 begins a document, 257 ends it.\n"
+_KINDS = ("tokenizer.model", "tokenizer.json", "tokenizer.bytes")
+_CONFIG = "tokenizer_config.json"
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in the file `path`, a sentencepiece .model. Raises UserError if it cannot be one."""
-    path = Path(path).expanduser()
+    """The tokenizer in a file: a sentencepiece .model, a tokenizer.json, or what `tokenizer_contents` made of `bytes`.
+
+    path: of the file, or the word `bytes`. Beside a tokenizer.json its tokenizer_config.json is read, if there is one.
+    Raises UserError if it cannot be a tokenizer.
+    """
+    contents = tokenizer_contents(path)
+    (kind, content), *others = contents.items()
     try:
-        return SentencePiece(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"tokenizer {path} cannot be read: {error.strerror}; give the path of a sentencepiece .model, "
-            "or data.tokenizer=train"
-        ) from error
+        if kind == "tokenizer.bytes":
+            if content != _BYTES:
+                raise ValueError("is not the file of a bytes tokenizer")
+            return Bytes()
+        if kind == "tokenizer.json":
+            return TokenizerJson(content, dict(others).get(_CONFIG))
+        return SentencePiece(content)
     except ValueError as error:
         raise UserError(
-            f"tokenizer {path} {error}; give a whole sentencepiece .model with bos and eos, or data.tokenizer=train"
+            f"tokenizer {path} {error}; give a whole sentencepiece .model or tokenizer.json with bos and eos, "
+            "or data.tokenizer=train or bytes"
         ) from error
+
+
+def tokenizer_contents(path: str | Path) -> dict[str, bytes]:
+    """The files, by name, that make a tokenizer when they lie in one folder; the one that tells its kind is first.
+
+    path: as for `load_tokenizer`. Raises UserError if it cannot be read.
+    """
+    if path == "bytes":
+        return {"tokenizer.bytes": _BYTES}
+    path = Path(path).expanduser()
+    try:
+        content = path.read_bytes()
+        config = path.with_name(_CONFIG)
+        if path.suffix == ".json" or (path.suffix != ".model" and content.lstrip()[:1] == b"{"):
+            return {"tokenizer.json": content, **({_CONFIG: config.read_bytes()} if config.exists() else {})}
+    except IsADirectoryError as error:
+        raise UserError(f"tokenizer {path} is a folder; name the tokenizer.model or tokenizer.json in it") from error
+    except OSError as error:
+        raise UserError(
+            f"tokenizer {error.filename or path} cannot be read: {error.strerror}; give the path of a sentencepiece "
+            ".model or a tokenizer.json, or data.tokenizer=train or bytes"
+        ) from error
+    return {"tokenizer.bytes" if path.suffix == ".bytes" else "tokenizer.model": content}
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The files of the tokenizer in a prepared folder or a run's; none if it has no tokenizer.
+
+    Raises UserError if there are files of two kinds.
+    """
+    folder = Path(folder).expanduser()
+    found = [folder / kind for kind in _KINDS if (folder / kind).exists()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise UserError(f"{folder} holds {names}; keep the one that belongs to it")
+    config = folder / _CONFIG
+    return [*found, config] if found and found[0].suffix == ".json" and config.exists() else found
+
+
+def find_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer in a prepared folder or a run's, None if it has none. Raises UserError if it is damaged."""
+    files = tokenizer_files(folder)
+    return load_tokenizer(files[0]) if files else None
+
+
+# ---------------------------------------------------------------- training
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
