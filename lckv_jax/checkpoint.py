@@ -140,7 +140,7 @@ def load(
 
     run_or_checkpoint: RUN, which holds `checkpoints/`, or RUN/checkpoints/STEP. Nothing in it is changed, so a run that
     is being trained can be loaded. The parameters are verified and lie on this process' first device; the tokenizer is
-    RUN/tokenizer.model, None where that is absent. `report` is told of steps passed over.
+    the one in RUN, None where there is none. `report` is told of steps passed over.
     Raises UserError if the folder is neither, or holds no usable checkpoint.
     """
     quieten_orbax()
@@ -163,14 +163,11 @@ def load(
             f"{folder}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100"
         )
     config = build_config(RunConfig, meta["config"], f"{folder}: config of step {meta['step']}")
-    path = run / "tokenizer.model"
-    if not path.exists():
-        return state["params"], config, None
-    from lckv_jax.data.tokenizer import load_tokenizer  # only here: models without text need no tokenizer library
+    from lckv_jax.data.tokenizer import find_tokenizer  # only here: models without text need no tokenizer library
 
-    tokenizer = load_tokenizer(Path(os.fspath(path)))
-    if meta["tokenizer"] not in ("", tokenizer.fingerprint):
-        raise UserError(f"{path} is not the tokenizer that the run was trained with; put that one back")
+    tokenizer = find_tokenizer(Path(os.fspath(run)))
+    if tokenizer is not None and meta["tokenizer"] not in ("", tokenizer.fingerprint):
+        raise UserError(f"{run} does not hold the tokenizer that the run was trained with; put that one back")
     return state["params"], config, tokenizer
 
 

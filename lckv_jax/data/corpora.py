@@ -38,13 +38,16 @@ class Document(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """What `scan` decided: sources that hold at least two documents, or one that can be cut in two.
+    """What `scan` found: sources that hold at least two documents, or one that can be cut in two.
 
+    documents: how many are not empty. skipped: built-in files that are not UTF-8.
     blocks: 0 if whole documents are held out, else the number of blocks that the corpus is cut into.
     """
 
     sources: tuple[SourceConfig, ...]
     validation_fraction: float
+    documents: int
+    skipped: int
     blocks: int
 
 
@@ -90,38 +93,40 @@ def is_validation(name: str, fraction: float) -> bool:
 
 
 def scan(sources: Sequence[SourceConfig], validation_fraction: float) -> Corpus:
-    """Decides how validation text is held out, and reads no further than it must for that.
+    """Reads all sources once, counts, and decides how validation text is held out; what cannot be read is told now.
 
     Documents are held out whole, by a hash of their names. If that leaves a split empty, as it must for one text file,
     the corpus is cut into blocks of 4096 to 12288 characters, at blank lines where there are any, and evenly spaced
     blocks are held out. Raises UserError if there is no text, or too little to cut in two.
     """
+    skipped: list[str] = []
     count = held_out = blocks = 0
-    for document in documents(sources):
+    for document in documents(sources, skipped):
         count += 1
         held_out += is_validation(document.name, validation_fraction)
-        if 0 < held_out < count:
-            return Corpus(tuple(sources), validation_fraction, blocks=0)
-        blocks += len(_blocks(document.text))
+        if held_out in (0, count):
+            blocks += len(_blocks(document.text))
     if not count:
         named = ", ".join(source.path for source in sources) or "no source"
         raise UserError(f"data.sources: empty corpus, no text but white space in {named}; name files with UTF-8 text")
-    if blocks < 2:
+    if 0 < held_out < count:
+        blocks = 0
+    elif blocks < 2:
         raise UserError(
             f"data.sources: nothing can be held out for validation from {count} document of fewer than "
             f"{3 * BLOCK_CHARS} characters; give more text, or a second file"
         )
-    return Corpus(tuple(sources), validation_fraction, blocks)
+    return Corpus(tuple(sources), validation_fraction, count, len(skipped), blocks)
 
 
-def split_documents(corpus: Corpus, skipped: list[str] | None = None) -> Iterator[tuple[Split, Document]]:
-    """Each document of the corpus with its split, always in the same order; `skipped` as in `documents`.
+def split_documents(corpus: Corpus) -> Iterator[tuple[Split, Document]]:
+    """Each document of the corpus with its split, always in the same order.
 
     Where blocks are held out, neighbouring blocks of one document and one split form one document, named
     `name#first_block`.
     """
     if not corpus.blocks:
-        for document in documents(corpus.sources, skipped):
+        for document in documents(corpus.sources):
             yield _split(is_validation(document.name, corpus.validation_fraction)), document
         return
     held_out = min(corpus.blocks - 1, max(1, round(corpus.blocks * corpus.validation_fraction)))
@@ -130,7 +135,7 @@ def split_documents(corpus: Corpus, skipped: list[str] | None = None) -> Iterato
         return (2 * block * held_out + corpus.blocks) // (2 * corpus.blocks)
 
     start = 0
-    for document in documents(corpus.sources, skipped):
+    for document in documents(corpus.sources):
         numbered = list(enumerate(_blocks(document.text), start))
         for valid, group in itertools.groupby(numbered, key=lambda pair: before(pair[0] + 1) > before(pair[0])):
             run = list(group)

@@ -18,11 +18,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lckv_jax.config import DataConfig
 from lckv_jax.data.corpora import Corpus, Document, Split, scan, split_documents
-from lckv_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from lckv_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_contents, train_sentencepiece
 from lckv_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 BLOCK_BYTES = 1 << 20  # what one hash covers
 SHARD_BLOCKS = 256  # blocks of a shard
 _ENCODE_CHARS = 4 << 20  # text tokenised at once, on all cores
@@ -93,10 +92,10 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def prepare(data: DataConfig, vocab_size: int, report: Callable[[str], object] = print) -> Manifest:
-    """Makes `data.folder` from `data.sources`: shards of both splits, tokenizer.model and, last, manifest.json.
+    """Makes `data.folder` from `data.sources`: shards of both splits, the tokenizer and, last, manifest.json.
 
-    Each document is BOS, its tokens, EOS. A folder prepared with the same settings is only read; the texts are not
-    looked at again. What a killed preparation left is overwritten. The same texts, settings and sentencepiece give
+    Each document is BOS, its tokens and, where it is another id, EOS. A folder prepared with the same settings is only
+    read; the texts are not looked at again. What a killed preparation left is overwritten. The same texts, settings and sentencepiece give
     the same bytes. Memory is bounded by the largest document.
 
     vocab_size: the model's; a trained tokenizer has so many ids, a given one at most.
@@ -143,9 +142,10 @@ def _check_settings(manifest: Manifest, data: DataConfig, vocab_size: int) -> No
 
 
 def _check_tokenizer(manifest: Manifest, folder: Path) -> None:
-    if load_tokenizer(folder / TOKENIZER).fingerprint != manifest.tokenizer_fingerprint:
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None or tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(
-            f"{folder / TOKENIZER} is not the tokenizer that the tokens were made with; "
+            f"{folder} does not hold the tokenizer that the tokens were made with; "
             "put that one back, or delete the folder to prepare it again"
         )
 
@@ -166,13 +166,15 @@ def _plain(value: object) -> str:
 
 
 def _describe(corpus: Corpus) -> str:
-    how = f"from inside documents ({corpus.blocks} blocks)" if corpus.blocks else "by whole documents"
-    return f"read {', '.join(source.path for source in corpus.sources)}: validation is held out {how}"
+    how = f"from inside them ({corpus.blocks} blocks)" if corpus.blocks else "whole, by name"
+    skipped = f", skipped {corpus.skipped} files that are not UTF-8" if corpus.skipped else ""
+    names = ", ".join(source.path for source in corpus.sources)
+    return f"read {names}: {corpus.documents} documents, validation held out {how}{skipped}"
 
 
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
-        if re.fullmatch(r"(train|valid)-\d{5}\.bin|(manifest\.json|tokenizer\.model)\.partial", path.name):
+        if re.fullmatch(r"(train|valid)-\d{5}\.bin|tokenizer(\.\w+|_config\.json)|.*\.partial", path.name):
             path.unlink()
 
 
@@ -183,12 +185,13 @@ def _place_tokenizer(
     started = time.monotonic()
     if data.tokenizer == "train":
         texts = (document.text for split, document in split_documents(corpus) if split == "train")
-        model, verb = train_sentencepiece(texts, vocab_size), "trained"
+        contents, verb = {"tokenizer.model": train_sentencepiece(texts, vocab_size)}, "trained"
     else:
         load_tokenizer(data.tokenizer)  # names the file if it is not one
-        model, verb = Path(data.tokenizer).expanduser().read_bytes(), "copied"
-    _write_durably(folder / TOKENIZER, model)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+        contents, verb = tokenizer_contents(data.tokenizer), "copied"
+    for name, content in contents.items():
+        _write_durably(folder / name, content)
+    tokenizer = load_tokenizer(folder / next(iter(contents)))
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but model.vocab_size={vocab_size}; "
@@ -213,16 +216,15 @@ def _write_shards(
         "valid": _SplitWriter(folder, "valid", dtype),
     }
     corpus_hash = hashlib.sha256()
-    skipped: list[str] = []
-    for batch in _batched(split_documents(corpus, skipped)):
+    ends = [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
+    for batch in _batched(split_documents(corpus)):
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
             name, text = document.name.encode(), document.text.encode()
             corpus_hash.update(len(name).to_bytes(8, "little") + name + len(text).to_bytes(8, "little") + text)
-            writers[split].add(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])), len(text))
+            writers[split].add(np.concatenate(([tokenizer.bos_id], ids, ends)), len(text))
     infos = {split: writer.close() for split, writer in writers.items()}
     counts = "; ".join(f"{split} {info.documents} documents, {info.tokens} tokens" for split, info in infos.items())
-    counts += f"; skipped {len(skipped)} files that are not UTF-8" * bool(skipped)
     report(f"tokenised {counts} ({time.monotonic() - started:.1f} s)")
     return Manifest(
         sources=tuple(source.path for source in data.sources),

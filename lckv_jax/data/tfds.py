@@ -58,7 +58,7 @@ def open_tfds(path: str, field: str) -> TfdsSplit:
             f"{folder} has no feature {field!r}; it has {there}: name the one with the text as the source's field"
         )
     _check_count(folder, info.splits[split])
-    return TfdsSplit(f"{info.full_name}/{split}", folder, split, field, builder.as_data_source(split=split))
+    return TfdsSplit(f"{info.full_name}/{split}", folder, split, field, builder.as_data_source(split))
 
 
 def read_tfds(opened: TfdsSplit) -> Iterator[tuple[int | None, str]]:

@@ -32,12 +32,13 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Begins every document. It may be the token that ends them, too: `document_starts` tells which is which."""
+        """Begins every document."""
         ...
 
     @property
     def eos_id(self) -> int:
-        """Ends every document."""
+        """Ends every document. Where it is also `bos_id`, the next document's begin is this one's end: nothing is put
+        after a document, so that each still begins at its one BOS."""
         ...
 
     @property
@@ -131,18 +132,6 @@ class Bytes:
         if outside := [id for id in ids if not 0 <= id < self.vocab_size]:
             raise IndexError(f"id {outside[0]} of {self.vocab_size}")
         return bytes(id for id in ids if id < 256).decode(errors="replace")
-
-
-def document_starts(tokens_BT: np.ndarray, bos_id: int, eos_id: int) -> np.ndarray:
-    """Where documents (BOS, text, EOS) begin in rows cut from their stream: bool [B, T].
-
-    Where one token is both, a document begins at the second of two in a row. In the first column it cannot be told
-    from an end, which changes nothing: either way what follows is the first document of the row, from position 0.
-    """
-    starts_BT = tokens_BT == bos_id
-    if bos_id == eos_id:
-        starts_BT[:, 1:] &= starts_BT[:, :-1].copy()
-    return starts_BT
 
 
 # ---------------------------------------------------------------- files

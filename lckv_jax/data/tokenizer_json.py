@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lckv_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # How the tokens that begin and end a document are called where nothing says so; the first that there is.
 _BEGIN = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|bos|>", "<|startoftext|>")
@@ -29,24 +32,18 @@ class TokenizerJson:
     """
 
     def __init__(self, content: bytes, config: bytes | None = None) -> None:
-        from tokenizers import Tokenizer
-
         self._content, self._config = content, config
         tree = _read(content, "is not a tokenizer.json")
-        if not isinstance(tree.get("model"), dict):
-            raise ValueError("is JSON, but no tokenizer: it has no `model`")
-        names = _find_ends(
-            _ids(tree), {} if config is None else _read(config, "has a tokenizer_config.json that is none")
-        )
-        self.bos_id, self.eos_id = (_ids(tree)[name] for name in names)
+        _build(tree)  # tells what is wrong in it, before it is looked into
+        settings = {} if config is None else _read(config, "has a tokenizer_config.json that is none")
+        ids = _ids(tree)
+        names = _find_ends(ids, {token["content"] for token in tree.get("added_tokens") or ()}, settings)
+        self.bos_id, self.eos_id = (ids[name] for name in names)
         decisive = {key: tree.get(key) for key in _DECIDES_IDS}
         canonical = json.dumps([decisive, self.bos_id, self.eos_id], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         _hide(tree, names)
-        try:
-            self._tokenizer = Tokenizer.from_str(json.dumps(tree))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"is no tokenizer that can be read ({error})") from error
+        self._tokenizer = _build(tree)
         self._tokenizer.encode_special_tokens = True
         for name, id in zip(names, (self.bos_id, self.eos_id)):
             if self._tokenizer.token_to_id(_HIDDEN + name) != id:
@@ -60,14 +57,14 @@ class TokenizerJson:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As promised by Tokenizer; UserError for a text that holds the name under which BOS or EOS is hidden."""
+        """As promised by Tokenizer; UserError for a text of which the model makes BOS or EOS all the same."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [np.array(encoding.ids, np.int32) for encoding in encoded]
         for text, ids in zip(texts, batch):
             if np.isin(ids, (self.bos_id, self.eos_id)).any():
                 raise UserError(
-                    f"a document that begins {text[:40]!r} holds the begin or end token of the tokenizer after a NUL "
-                    "character; remove the NUL from it"
+                    f"the tokenizer finds its begin or end token in the document that begins {text[:40]!r}; remove NUL "
+                    "characters from that, or choose another data.tokenizer"
                 )
         return batch
 
@@ -88,6 +85,15 @@ def _read(content: bytes, problem: str) -> dict[str, Any]:
     return tree
 
 
+def _build(tree: dict[str, Any]) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(tree))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"is JSON, but no tokenizer ({error})") from error
+
+
 def _ids(tree: dict[str, Any]) -> dict[str, int]:
     """Token -> id, of the model and of the tokens added to it."""
     vocab = tree["model"].get("vocab", {})
@@ -95,15 +101,15 @@ def _ids(tree: dict[str, Any]) -> dict[str, int]:
     return {**ids, **{token["content"]: token["id"] for token in tree.get("added_tokens") or ()}}
 
 
-def _find_ends(ids: dict[str, int], config: dict[str, Any]) -> tuple[str, str]:
-    """The names of the tokens that begin and end a document."""
+def _find_ends(ids: dict[str, int], added: set[str], config: dict[str, Any]) -> tuple[str, str]:
+    """The names of the tokens that begin and end a document: as the config says, else usual ones among those added."""
     named = {}
     for role, usual in (("bos_token", _BEGIN), ("eos_token", _END)):
         name = config.get(role)
         name = name.get("content") if isinstance(name, dict) else name
         if name is not None and name not in ids:
             raise ValueError(f"has no token {name!r}, which its tokenizer_config.json gives as {role}")
-        named[role] = next((known for known in usual if known in ids), None) if name is None else name
+        named[role] = next((known for known in usual if known in added), None) if name is None else name
     if named["eos_token"] is None:
         raise ValueError("has no token for the end (eos) of a document, which separates packed documents")
     # A config that names an end alone, as Qwen's, means that nothing else begins a document.
@@ -119,6 +125,8 @@ def _hide(tree: dict[str, Any], ends: tuple[str, str]) -> None:
     """
     model, added = tree["model"], tree.get("added_tokens") or []
     special = {token["content"] for token in added if token.get("special")} - {model.get("unk_token")} | set(ends)
+    if model.get("unk_token") in special:
+        model["unk_token"] = _HIDDEN + model["unk_token"]
     for token in added:
         if token["content"] in special:
             token.update(content=_HIDDEN + token["content"], special=True)

@@ -19,6 +19,7 @@ from lckv_jax import checkpoint
 from lckv_jax.config import RunConfig, config_json
 from lckv_jax.data.batches import batches, iterate
 from lckv_jax.data.prepare import Manifest, prepare
+from lckv_jax.data.tokenizer import tokenizer_files
 from lckv_jax.errors import UserError
 from lckv_jax.model.transformer import check_dtype
 from lckv_jax.parallel.mesh import batch_sharding, check_sizes, make_mesh, replicated_dims
@@ -36,7 +37,7 @@ def train(config: RunConfig) -> None:
     """Runs `config` to its last step, from the newest good checkpoint in `config.out` if there is one.
 
     Makes the data first if `config.data.folder` is empty. Leaves in `config.out`: checkpoints/, config.json,
-    tokenizer.model, metrics.jsonl (a line a step and a line a validation) and loss.png.
+    the tokenizer, metrics.jsonl (a line a step and a line a validation) and loss.png.
     Raises UserError for everything that the user can mend, and if the loss stops being finite.
     """
     console = Console()
@@ -188,7 +189,7 @@ def _claim_folder(config: RunConfig, out: Path) -> None:
     """Makes the run's folder with config.json and the tokenizer."""
     contents = {"config.json": (json.dumps(config_json(config), indent=1) + "\n").encode()}
     try:
-        contents["tokenizer.model"] = (Path(config.data.folder).expanduser() / "tokenizer.model").read_bytes()
+        contents |= {path.name: path.read_bytes() for path in tokenizer_files(config.data.folder)}
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             (out / f"{name}.partial").write_bytes(content)
