@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lckv_jax.data.tokenizer import SentencePiece, load_tokenizer, train_sentencepiece
+from lckv_jax.data.tokenizer import (
+    Bytes,
+    SentencePiece,
+    find_tokenizer,
+    load_tokenizer,
+    tokenizer_contents,
+    tokenizer_files,
+    train_sentencepiece,
+)
 from lckv_jax.errors import UserError
 
 WORDS = [f"{a}{b}" for a in ("to", "ma", "sen", "kri", "vo") for b in ("ra", "lim", "gus", "ne")]
@@ -126,6 +134,105 @@ def test_model_without_bos_or_eos_is_refused(special: str, word: str, tmp_path: 
     )
     with pytest.raises(UserError, match=rf"some\.model has no token for the {word}"):
         load_tokenizer(tmp_path / "some.model")
+
+
+@pytest.mark.parametrize("name", ["<s>", "</s>"])
+def test_model_that_takes_text_for_begin_or_end_is_refused(name: str, tmp_path: Path) -> None:
+    import sentencepiece
+
+    prefix = str(tmp_path / "some")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=prefix, vocab_size=30, user_defined_symbols=[name], minloglevel=2
+    )
+    with pytest.raises(UserError, match=r"some\.model has no token for the (begin|end)"):
+        load_tokenizer(tmp_path / "some.model")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_bytes_are_ids(text: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert bytes(tokenizer.encode(text)) == text.encode()
+    assert tokenizer.decode([256, *tokenizer.encode(text), 257]) == text
+    (ids,) = tokenizer.encode_batch([text])
+    assert (ids.dtype, ids.tolist()) == (np.int32, tokenizer.encode(text))
+
+
+def test_any_bytes_decode() -> None:
+    tokenizer = Bytes()
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (258, 256, 257)
+    assert tokenizer.decode([104, 0xC3, 105, 256]) == "h\ufffdi"
+    with pytest.raises(IndexError, match="id 258 of 258"):
+        tokenizer.decode(np.array([104, 258]))
+    assert pickle.loads(pickle.dumps(tokenizer)).fingerprint == tokenizer.fingerprint
+
+
+@pytest.fixture(scope="module")
+def given_files(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of each kind under a name of its own."""
+    from tokenizers import Tokenizer, models
+
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "my.model").write_bytes(model)
+    (folder / "no_suffix").write_bytes(model)
+    own = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    own.add_special_tokens(["<s>", "</s>", "<e>"])
+    own.save(str(folder / "my.json"))
+    own.save(str(folder / "my.txt"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<e>"}')
+    return folder
+
+
+KINDS = {
+    "my.model": ["tokenizer.model"],
+    "no_suffix": ["tokenizer.model"],
+    "my.json": ["tokenizer.json", "tokenizer_config.json"],
+    "my.txt": ["tokenizer.json", "tokenizer_config.json"],
+    "bytes": ["tokenizer.bytes"],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_tokenizer_put_into_a_folder_is_found_there(name: str, given_files: Path, tmp_path: Path) -> None:
+    path = name if name == "bytes" else given_files / name
+    for placed, content in tokenizer_contents(path).items():
+        (tmp_path / placed).write_bytes(content)
+    assert tokenizer_files(tmp_path) == [tmp_path / placed for placed in KINDS[name]]
+    (tmp_path / "again").mkdir()
+    for file in tokenizer_files(tmp_path):
+        (tmp_path / "again" / file.name).write_bytes(file.read_bytes())
+    original = load_tokenizer(path)
+    for folder in (tmp_path, str(tmp_path / "again")):
+        found = find_tokenizer(folder)
+        assert found is not None
+        assert type(found) is type(original)
+        assert (found.bos_id, found.eos_id) == (original.bos_id, original.eos_id)
+        assert (found.fingerprint, found.encode("ab")) == (original.fingerprint, original.encode("ab"))
+    fingerprints = {load_tokenizer(given_files / "my.json").fingerprint, load_tokenizer("bytes").fingerprint}
+    assert len(fingerprints) == 2
+
+
+def test_a_folder_without_a_tokenizer_or_with_two_says_so(given_files: Path, tmp_path: Path) -> None:
+    assert tokenizer_files(tmp_path) == []
+    assert find_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert find_tokenizer(tmp_path) is None
+    for name in ("bytes", given_files / "my.model"):
+        for placed, content in tokenizer_contents(name).items():
+            (tmp_path / placed).write_bytes(content)
+    with pytest.raises(UserError, match=r"holds tokenizer\.model and tokenizer\.bytes; keep the one"):
+        find_tokenizer(tmp_path)
+
+
+def test_a_folder_is_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder; name the tokenizer\.model or tokenizer\.json in it"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_changed_bytes_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.bytes").write_text("other")
+    with pytest.raises(UserError, match=r"tokenizer\.bytes is not the file of a bytes tokenizer"):
+        find_tokenizer(tmp_path)
 
 
 def test_llama2_model_loads(test_data: Path) -> None:

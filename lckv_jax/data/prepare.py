@@ -95,8 +95,8 @@ def prepare(data: DataConfig, vocab_size: int, report: Callable[[str], object] =
     """Makes `data.folder` from `data.sources`: shards of both splits, the tokenizer and, last, manifest.json.
 
     Each document is BOS, its tokens and, where it is another id, EOS. A folder prepared with the same settings is only
-    read; the texts are not looked at again. What a killed preparation left is overwritten. The same texts, settings and sentencepiece give
-    the same bytes. Memory is bounded by the largest document.
+    read; the texts are not looked at again. What a killed preparation left is overwritten. The same texts, settings
+    and sentencepiece give the same bytes. Memory is bounded by the largest document.
 
     vocab_size: the model's; a trained tokenizer has so many ids, a given one at most.
     report: gets one line a stage.

@@ -58,7 +58,8 @@ def open_tfds(path: str, field: str) -> TfdsSplit:
             f"{folder} has no feature {field!r}; it has {there}: name the one with the text as the source's field"
         )
     _check_count(folder, info.splits[split])
-    return TfdsSplit(f"{info.full_name}/{split}", folder, split, field, builder.as_data_source(split))
+    source = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]  (hidden by a decorator)
+    return TfdsSplit(f"{info.full_name}/{split}", folder, split, field, source)
 
 
 def read_tfds(opened: TfdsSplit) -> Iterator[tuple[int | None, str]]:

@@ -62,8 +62,7 @@ class Tokenizer(Protocol):
 class SentencePiece:
     """A sentencepiece model (BPE or unigram) as a Tokenizer.
 
-    model: the bytes of a .model file. Raises ValueError if they are not one, or have no BOS or EOS that text cannot
-    yield.
+    model: the bytes of a .model file. Raises ValueError if they are not one, or have no BOS or EOS.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -78,11 +77,6 @@ class SentencePiece:
         if self.bos_id < 0 or self.eos_id < 0:
             missing = "begin (bos)" if self.bos_id < 0 else "end (eos)"
             raise ValueError(f"has no token for the {missing} of a document, which separates packed documents")
-        for id in (self.bos_id, self.eos_id):
-            if not self._processor.is_control(id):
-                raise ValueError(
-                    f"takes the text {self._processor.id_to_piece(id)!r} for the begin or end of a document"
-                )
 
     @property
     def vocab_size(self) -> int:
