@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lckv_jax.config import DataConfig
-from lckv_jax.data import prepare as prepare_module
+from lckv_jax.data import shards
 from lckv_jax.data.batches import IGNORE, Windows, batches, iterate, label_rows
 from lckv_jax.data.prepare import Manifest, prepare
 from lckv_jax.data.tokenizer import load_tokenizer
@@ -42,8 +42,8 @@ class Prepared(NamedTuple):
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
     """Short documents over several shards whose ends cut rows."""
-    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", 130)
-    monkeypatch.setattr(prepare_module, "SHARD_BLOCKS", 4)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 130)
+    monkeypatch.setattr(shards, "SHARD_BLOCKS", 4)
     (tmp_path / "texts").mkdir()
     for number in range(60):
         rng = random.Random(number)
@@ -95,8 +95,8 @@ def test_fields_equal_a_token_by_token_oracle(prepared: Prepared) -> None:
 
 
 def test_labels_of_chosen_rows() -> None:
-    rows = np.array([[1, 7, 8, 2, 1, 9], [7, 2, 1, 2, 1, 5]])
-    batch = label_rows(rows, bos_id=1, batch_size=2)
+    rows = np.array([[1, 7, 8, 2, 1, 9], [7, 2, 1, 2, 1, 5]], np.int32)
+    batch = label_rows(rows, bos_id=1)
     assert batch["labels"].tolist() == [[-100, 7, 8, 2, -100, 9], [7, 2, -100, 2, -100, 5]]
     assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 3, 3]]
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 0, 1]]
@@ -160,9 +160,9 @@ def flip(path: Path, byte: int) -> None:
 
 @pytest.mark.parametrize(("byte", "block"), [(0, 0), (129, 0), (130, 1), (519, 3)])
 def test_flipped_bit_names_shard_and_block(byte: int, block: int, prepared: Prepared) -> None:
-    flip(prepared.folder / "train-00001.bin", byte)
+    flip(prepared.folder / "train-0-00001.bin", byte)
     windows = Windows(prepared.folder, prepared.manifest, "train", T)
-    message = rf"train-00001\.bin: block {block} .*delete .*ready and prepare it again"
+    message = rf"train-0-00001\.bin: block {block} .*delete .*ready and prepare it again"
     touched = 0
     for index in range(len(windows)):
         first, last = (2 * bound - 520 for bound in (index * T, index * T + T + 1))  # bytes within the second shard
@@ -181,7 +181,7 @@ def test_damage_reaches_the_reader_of_batches(prefetch: int, prepared: Prepared)
         flip(prepared.folder / shard.file, 3)
     with (
         contextlib.closing(iterate(prepared.batches(), 0, prefetch)) as iterator,
-        pytest.raises(UserError, match=r"train-0000\d\.bin: block 0 "),
+        pytest.raises(UserError, match=r"train-0-0000\d\.bin: block 0 "),
     ):
         for _ in range(40):
             next(iterator)
@@ -192,18 +192,18 @@ def test_each_process_checks_for_itself(prepared: Prepared) -> None:
     row = windows[0]
     assert np.array_equal(pickle.loads(pickle.dumps(windows))[0], row)
     assert len(pickle.dumps(windows)) < 10_000
-    flip(prepared.folder / "train-00000.bin", 0)
+    flip(prepared.folder / "train-0-00000.bin", 0)
     with pytest.raises(UserError, match="block 0 "):
         pickle.loads(pickle.dumps(windows))[0]
 
 
 def test_shard_of_another_size_is_named(prepared: Prepared) -> None:
-    path = prepared.folder / "train-00000.bin"
+    path = prepared.folder / "train-0-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"train-00000\.bin has 518 bytes, but its manifest says 520; delete"):
+    with pytest.raises(UserError, match=r"train-0-00000\.bin has 518 bytes, but its manifest says 520; delete"):
         Windows(prepared.folder, prepared.manifest, "train", T)
     path.unlink()
-    with pytest.raises(UserError, match=r"train-00000\.bin cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"train-0-00000\.bin cannot be read: No such file"):
         Windows(prepared.folder, prepared.manifest, "train", T)
 
 

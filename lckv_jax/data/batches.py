@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from lckv_jax.data.corpora import Split
-from lckv_jax.data.prepare import Manifest
+from lckv_jax.data.manifest import Manifest
+from lckv_jax.data.shards import block_hash
 from lckv_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,17 +23,26 @@ if TYPE_CHECKING:
 IGNORE = -100  # a label that counts for nothing
 
 Batch = dict[str, np.ndarray]
+Packing = Literal["masked", "joined"]
 
 
 class Windows:
     """The rows of one split, by index: row i is tokens i*T .. i*T+T of its shards laid end to end, int32 [T+1].
 
+    component: its number, for the rows of that part of the training split alone.
+
     Neighbouring rows share one token, so that each token is predicted once. Files are mapped when first touched, in
     each process, and so is the hash of each block checked: UserError names the shard and the block.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, split: Split, seq_len: int) -> None:
+    def __init__(
+        self, folder: str | Path, manifest: Manifest, split: Split, seq_len: int, component: int | None = None
+    ) -> None:
         info = manifest.train if split == "train" else manifest.valid
+        what = f"the {split} split"
+        if component is not None:
+            info = manifest.components[component]
+            what = f"the training text of {manifest.sources[component].path}"
         self._folder, self._seq_len = Path(folder).expanduser(), seq_len
         self._dtype, self._block_bytes = np.dtype(manifest.dtype), manifest.block_bytes
         self._shards = info.shards
@@ -42,7 +53,7 @@ class Windows:
         if not self._rows:
             mend = "lower data.seq_len or give more text" + ", or raise data.validation_fraction" * (split == "valid")
             raise UserError(
-                f"{folder}: the {split} split has {info.tokens} tokens, but one row of data.seq_len={seq_len} "
+                f"{folder}: {what} has {info.tokens} tokens, but one row of data.seq_len={seq_len} "
                 f"needs {seq_len + 1}; {mend}"
             )
         for number in range(len(self._shards)):
@@ -93,7 +104,7 @@ class Windows:
     def _check(self, number: int, block: int) -> None:
         shard = self._shards[number]
         content = self._maps[number].view(np.uint8)[block * self._block_bytes :][: self._block_bytes]
-        if hashlib.blake2b(content.data, digest_size=16).hexdigest() != shard.blocks[block]:
+        if block_hash(content.data) != shard.blocks[block]:
             raise UserError(
                 f"{self._folder / shard.file}: block {block} (bytes from {block * self._block_bytes}) is not what was "
                 f"prepared, its hash differs; {self._mend}"
@@ -105,26 +116,70 @@ class Windows:
 
 
 def batches(
-    folder: str | Path, manifest: Manifest, split: Split, *, seq_len: int, batch_size: int, seed: int
+    folder: str | Path,
+    manifest: Manifest,
+    split: Split,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    packing: Packing = "masked",
+    weights: Sequence[float | None] = (),
+    host: int = 0,
+    hosts: int = 1,
 ) -> grain.MapDataset[Batch]:
     """The batches of one split; `[step]` is the batch of that step, from nothing but the arguments.
 
     A batch is {tokens, labels, segment_ids, positions}, int32 [B, T+1] each (see `label_rows`).
     train: endless; every epoch shows each row once, in an order of its own, and epochs follow without a gap, so that
     a batch may hold the end of one and the start of the next.
-    valid: each row once, in a fixed order that ignores `seed`; `len()` batches, the last one filled up with rows
-    without labels, so that every batch has one shape.
-    Raises UserError if the split is shorter than one row, and on the first touch of damaged bytes.
+    weights: of `data.sources`; where there are several, rows are drawn in these shares from the components, evenly
+    spread and each with its own epochs. Without weights the components are one text.
+    valid: each row once, in a fixed order that ignores `seed` and `weights`; `len()` batches, the last one filled up
+    with rows without labels, so that every batch has one shape.
+    host, hosts: host h gets rows h*B/hosts .. (h+1)*B/hosts-1 of each batch, so that the parts of all hosts in order
+    are the batch, however many they are.
+    Raises UserError if a split or component is shorter than one row, hosts do not divide the batch, the folder has no
+    component for each weight, and on the first touch of damaged bytes.
     """
     import grain
 
-    rows = grain.MapDataset.source(Windows(folder, manifest, split, seq_len))
+    if batch_size % hosts:
+        raise UserError(f"data.batch_size={batch_size} is not a multiple of the {hosts} hosts; change one of them")
     if split == "train":
-        rows = rows.shuffle(_shuffle_seed(seed)).repeat()
-    # Several hosts: slice here, rows[host::hosts], and batch batch_size // hosts rows on each.
-    return rows.batch(batch_size, drop_remainder=split == "train").map(
-        partial(label_rows, bos_id=manifest.bos_id, batch_size=batch_size)
-    )
+        rows = _endless_rows(folder, manifest, seq_len, seed, weights)
+    else:
+        windows = Windows(folder, manifest, split, seq_len)
+        rows = grain.MapDataset.source(windows)
+        if missing := -len(windows) % batch_size:
+            filler = [np.full(seq_len + 1, IGNORE, np.int32)] * missing
+            rows = grain.MapDataset.concatenate([rows, grain.MapDataset.source(filler)])
+    parts = rows.batch(batch_size // hosts, drop_remainder=True)[host::hosts]
+    return parts.map(partial(label_rows, bos_id=manifest.bos_id, packing=packing))
+
+
+def _endless_rows(
+    folder: str | Path, manifest: Manifest, seq_len: int, seed: int, weights: Sequence[float | None]
+) -> grain.MapDataset[np.ndarray]:
+    import grain
+
+    shares = [weight for weight in weights if weight is not None]
+    if len(shares) <= 1:
+        return (
+            grain.MapDataset.source(Windows(folder, manifest, "train", seq_len)).shuffle(_shuffle_seed(seed)).repeat()
+        )
+    if len(shares) != len(manifest.components):
+        raise UserError(
+            f"{folder} holds {len(manifest.components)} components for {len(shares)} weights; "
+            "prepare data.sources with their weights in another data.folder"
+        )
+    components = [
+        grain.MapDataset.source(Windows(folder, manifest, "train", seq_len, number))
+        .shuffle(_shuffle_seed(seed, number))
+        .repeat()
+        for number in range(len(shares))
+    ]
+    return grain.MapDataset.mix(components, shares)
 
 
 def iterate(dataset: grain.MapDataset[Batch], start_step: int = 0, prefetch: int = 8) -> grain.DatasetIterator[Batch]:
@@ -137,29 +192,32 @@ def iterate(dataset: grain.MapDataset[Batch], start_step: int = 0, prefetch: int
     return iterator
 
 
-def label_rows(tokens_BT: np.ndarray, bos_id: int, batch_size: int) -> Batch:
-    """A batch from rows of packed documents, each of which begins with BOS.
+def label_rows(tokens_BT: np.ndarray, bos_id: int, packing: Packing = "masked") -> Batch:
+    """A batch from int32 rows of packed documents, each of which begins with BOS.
 
-    labels: the tokens (the loss shifts them), -100 for the first token of a document. segment_ids: 1, 2, ... in each
-    row. positions: from 0 in each document, and in the rest of one that the row's start cuts.
-    Fewer rows than batch_size are filled up with copies of the first, all of whose labels are -100.
+    masked: labels are the tokens (the loss shifts them), -100 for the first token of a document; segment_ids 1, 2, ...
+    in each row; positions from 0 in each document, and in the rest of one that the row's start cuts.
+    joined: a row is one text, with a label for each token, segment 1, and positions from 0.
+    A row of -100 becomes tokens 0 without labels.
     """
-    missing = batch_size - len(tokens_BT)
-    tokens_BT = np.concatenate([tokens_BT, np.repeat(tokens_BT[:1], missing, axis=0)])
-    first_BT = tokens_BT == bos_id
-    columns_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    start_BT = np.maximum.accumulate(np.where(first_BT, columns_BT, 0), axis=1)
-    labels_BT = np.where(first_BT, IGNORE, tokens_BT)
-    labels_BT[batch_size - missing :] = IGNORE
-    batch = {
-        "tokens": tokens_BT,
+    filler_B1 = tokens_BT[:, :1] == IGNORE
+    columns_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    if packing == "joined":
+        labels_BT, segments_BT, positions_BT = tokens_BT, np.ones_like(tokens_BT), columns_BT.copy()
+    else:
+        first_BT = tokens_BT == bos_id
+        labels_BT = np.where(first_BT, np.int32(IGNORE), tokens_BT)
+        segments_BT = np.cumsum(first_BT, axis=1, dtype=np.int32) + ~first_BT[:, :1]
+        positions_BT = columns_BT - np.maximum.accumulate(columns_BT * first_BT, axis=1)
+    return {
+        "tokens": np.where(filler_B1, np.int32(0), tokens_BT),
         "labels": labels_BT,
-        "segment_ids": np.cumsum(first_BT, axis=1) + ~first_BT[:, :1],
-        "positions": columns_BT - start_BT,
+        "segment_ids": segments_BT,
+        "positions": positions_BT,
     }
-    return {name: array.astype(np.int32) for name, array in batch.items()}
 
 
-def _shuffle_seed(seed: int) -> int:
+def _shuffle_seed(seed: int, component: int = 0) -> int:
     """32 bits for grain, which shuffles epoch e with seed + e: seeds 0 and 1 as they are would share their orders."""
-    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
+    text = f"{seed}/{component}" if component else str(seed)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())

@@ -1,144 +1,134 @@
-"""Text -> memory-mapped token shards and a manifest with the hashes of every block. Prepared once, then only read."""
+"""Text -> memory-mapped token shards and a manifest with the hashes of every block. Prepared once, then only read.
+
+A preparation that is killed goes on where it last saved: progress.json says, after an fsync of the bytes that it
+speaks of, how many documents are done and what each shard holds. The texts may have changed in between, so each
+document is hashed into a chain: chain' = sha256(chain, lengths, name, text).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
-import os
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lckv_jax.config import DataConfig
-from lckv_jax.data.corpora import Corpus, Document, Split, scan, split_documents
-from lckv_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_contents, train_sentencepiece
+from lckv_jax.data import shards
+from lckv_jax.data.corpora import Document
+from lckv_jax.data.manifest import (
+    MANIFEST,
+    PROGRESS,
+    Manifest,
+    Progress,
+    Settings,
+    WriterState,
+    check_settings,
+    load_manifest,
+    load_progress,
+    settings_of,
+    write_durably,
+)
+from lckv_jax.data.shards import ShardWriter, files_of, find_damage, is_on_disk
+from lckv_jax.data.status_line import StatusLine
+from lckv_jax.data.texts import VALID, Stream, Text, count_texts, link, read_texts
+from lckv_jax.data.tokenizer import (
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    tokenizer_contents,
+    tokenizer_files,
+    train_sentencepiece,
+)
 from lckv_jax.errors import UserError
 
-MANIFEST = "manifest.json"
-BLOCK_BYTES = 1 << 20  # what one hash covers
-SHARD_BLOCKS = 256  # blocks of a shard
 _ENCODE_CHARS = 4 << 20  # text tokenised at once, on all cores
+_SAVE_SECONDS = 5.0  # what a kill may cost
+
+Report = Callable[[str], object]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Shard(_Frozen):
-    """One file of little-endian token ids; blocks: hex blake2b-128 of each `block_bytes` bytes of it."""
-
-    file: str
-    tokens: int
-    blocks: tuple[str, ...]
-
-
-class SplitInfo(_Frozen):
-    """One split. tokens: with BOS and EOS; bytes: of the text in UTF-8 (for bits per byte)."""
-
-    documents: int
-    tokens: int
-    bytes: int
-    shards: tuple[Shard, ...]
-
-
-class Manifest(_Frozen):
-    """What a prepared folder holds, and the settings that it was made from."""
-
-    version: Literal[1] = 1
-    sources: tuple[str, ...]
-    tokenizer: str
-    vocab_size: int
-    validation_fraction: float
-    corpus_fingerprint: str
-    tokenizer_fingerprint: str
-    bos_id: int
-    eos_id: int
-    dtype: Literal["<u2", "<u4"]
-    block_bytes: int
-    train: SplitInfo
-    valid: SplitInfo
-
-    @property
-    def hash(self) -> str:
-        """Hex sha256 of everything here, so of every token: a checkpoint records it, resuming compares it."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a prepared folder. Raises UserError if there is none, or it is not one."""
-    path = Path(folder).expanduser() / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} holds no prepared data; run `python -m lckv_jax prepare CONFIG.yaml`, or mend data.folder"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; mend it, or choose another data.folder") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "its JSON"
-        raise UserError(
-            f"{path} is damaged or of another version ({where}: {problem['msg']}); delete {folder} and prepare it again"
-        ) from error
-
-
-def prepare(data: DataConfig, vocab_size: int, report: Callable[[str], object] = print) -> Manifest:
+def prepare(data: DataConfig, vocab_size: int, report: Report = print) -> Manifest:
     """Makes `data.folder` from `data.sources`: shards of both splits, the tokenizer and, last, manifest.json.
 
-    Each document is BOS, its tokens and, where it is another id, EOS. A folder prepared with the same settings is only
-    read; the texts are not looked at again. What a killed preparation left is overwritten. The same texts, settings
-    and sentencepiece give the same bytes. Memory is bounded by the largest document.
+    Sources with weights are a component of the training split each, others one together. Validation is what is held
+    out of each component, or all of `data.validation`. Each document is BOS, its tokens and, where it is another id,
+    EOS. A folder prepared with the same settings is only read; the texts are not looked at again. A stopped
+    preparation goes on; the same texts, settings and sentencepiece give the same bytes however often it was stopped.
+    Memory is bounded by the largest document.
 
     vocab_size: the model's; a trained tokenizer has so many ids, a given one at most.
-    report: gets one line a stage.
-    Raises UserError if the sources or the tokenizer cannot be used, or the folder was made with other settings.
+    report: gets one line a stage, and one every 10 seconds if there is no terminal.
+    Raises UserError if the sources or the tokenizer cannot be used, the folder was made with other settings or cannot
+    be written, or another process is at it.
     """
     folder = Path(data.folder).expanduser()
-    if (folder / MANIFEST).exists():
-        manifest = load_manifest(folder)
-        _check_settings(manifest, data, vocab_size)
-        _check_tokenizer(manifest, folder)
+    if manifest := _ready(data, vocab_size, folder):
         return manifest
     started = time.monotonic()
-    corpus = scan(data.sources, data.validation_fraction)
-    report(_describe(corpus) + f" ({time.monotonic() - started:.1f} s)")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            _remove_leftovers(folder)
-            tokenizer = _place_tokenizer(data, vocab_size, corpus, folder, report)
-            manifest = _write_shards(data, vocab_size, corpus, tokenizer, folder, report)
-            _write_durably(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder} cannot be written: {error.strerror}; mend it, or choose another data.folder"
-        ) from error
+    with _alone(folder):
+        if manifest := _ready(data, vocab_size, folder):  # another process has just finished
+            return manifest
+        progress = load_progress(folder)
+        if progress:
+            check_settings(progress, data, vocab_size)
+        texts = count_texts(data, report)
+        work = _resume(progress, texts, folder, report) if progress else None
+        work = work or _begin(data, vocab_size, texts, folder, report)
+        manifest = _tokenise(work, texts, folder, report)
+    if manifest.valid.tokens <= data.batch_size * data.seq_len:
+        report(
+            f"the validation split is small: {manifest.valid.tokens:,} tokens, less than one batch; "
+            "raise data.validation_fraction or give data.validation"
+        )
     report(f"prepared {folder} in {time.monotonic() - started:.1f} s")
     return manifest
 
 
-def _check_settings(manifest: Manifest, data: DataConfig, vocab_size: int) -> None:
-    wanted = {
-        "data.sources": (manifest.sources, tuple(source.path for source in data.sources)),
-        "data.tokenizer": (manifest.tokenizer, data.tokenizer),
-        "model.vocab_size": (manifest.vocab_size, vocab_size),
-        "data.validation_fraction": (manifest.validation_fraction, data.validation_fraction),
-    }
-    for field, (made, asked) in wanted.items():
-        if made != asked:
-            raise UserError(
-                f"{data.folder} was prepared with {field}={_plain(made)}, but the config says {_plain(asked)}; "
-                "choose another data.folder, or delete this one to prepare it again"
+def verify(folder: str | Path, report: Report = print) -> Manifest:
+    """Checks all bytes of a prepared folder: the size of each shard, the hash of each block, the tokenizer.
+
+    Raises UserError that counts what is damaged and names the first of it.
+    """
+    folder = Path(folder).expanduser()
+    manifest = load_manifest(folder)
+    _check_tokenizer(manifest, folder)
+    itemsize = np.dtype(manifest.dtype).itemsize
+    files = manifest.train.shards + manifest.valid.shards
+    damage: list[str] = []
+    done, total = 0, sum(shard.tokens for shard in files) * itemsize
+    with StatusLine(report) as line:
+        for shard in files:
+            damage += find_damage(folder, shard, itemsize, manifest.block_bytes)
+            done += shard.tokens * itemsize
+            line.update(
+                partial("checked {:,.0f} of {:,.0f} MB, {} faults".format, done / 1e6, total / 1e6, len(damage))
             )
+    if damage:
+        more = f" (and {len(damage) - 3} more)" if len(damage) > 3 else ""
+        raise UserError(
+            f"{folder} is damaged: {', '.join(damage[:3])}{more}; copy it again, or delete it and prepare it again"
+        )
+    report(f"{folder}: {total / 1e6:,.1f} MB in {len(files)} shards are what was prepared")
+    return manifest
+
+
+def _ready(data: DataConfig, vocab_size: int, folder: Path) -> Manifest | None:
+    """The manifest if the folder is prepared."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = load_manifest(folder)
+    check_settings(manifest, data, vocab_size)
+    _check_tokenizer(manifest, folder)
+    with contextlib.suppress(OSError):  # there if the preparation was killed after its last write; it does no harm
+        (folder / PROGRESS).unlink(missing_ok=True)
+    return manifest
 
 
 def _check_tokenizer(manifest: Manifest, folder: Path) -> None:
@@ -153,7 +143,10 @@ def _check_tokenizer(manifest: Manifest, folder: Path) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Holds the folder for this process; the system lets go of it however the process ends."""
-    with (folder / "prepare.lock").open("w") as lock:
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "prepare.lock").open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -161,36 +154,103 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _plain(value: object) -> str:
-    return json.dumps(value)
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be written: {error.strerror}; mend it, or choose another data.folder; "
+            "what is done stays, and the same command goes on from there"
+        ) from error
 
 
-def _describe(corpus: Corpus) -> str:
-    how = f"from inside them ({corpus.blocks} blocks)" if corpus.blocks else "whole, by name"
-    skipped = f", skipped {corpus.skipped} files that are not UTF-8" if corpus.skipped else ""
-    names = ", ".join(source.path for source in corpus.sources)
-    return f"read {names}: {corpus.documents} documents, validation held out {how}{skipped}"
+# ---------------------------------------------------------------- stages
 
 
-def _remove_leftovers(folder: Path) -> None:
+class _Work(NamedTuple):
+    """What is left to tokenise, and with what."""
+
+    tokenizer: Tokenizer
+    progress: Progress
+    stream: Stream
+
+
+def _names_of_writers(progress: Progress) -> list[str]:
+    return [*(f"train-{number}" for number in range(len(progress.components))), "valid"]
+
+
+def _dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def _resume(progress: Progress, texts: list[Text], folder: Path, report: Report) -> _Work | None:
+    """What a stopped preparation left to do; None, and a line why, if it cannot go on."""
+    states = list(zip(_names_of_writers(progress), (*progress.components, progress.valid), strict=True))
+    dtype = _dtype(progress.vocab_size)
+    stream = read_texts(texts)
+    why = None
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None or tokenizer.fingerprint != progress.tokenizer_fingerprint:
+        why = "its tokenizer was changed"
+    elif not all(is_on_disk(folder, name, dtype, state) for name, state in states):
+        why = "its shards were changed"
+    elif progress.texts != tuple((text.documents, text.blocks) for text in texts):
+        why = "the texts have changed"
+    else:
+        chain = ""
+        for _, document in itertools.islice(stream, progress.documents):
+            chain, _ = link(chain, document)
+        if chain != progress.chain:
+            why = "the texts have changed"
+    if why:
+        report(f"{folder} holds a preparation that was stopped, but {why} since: starting over")
+        return None
+    kept = {path.name for path in tokenizer_files(folder)}
+    with _writing(folder):
+        _remove_leftovers(folder, kept.union(*(files_of(folder, name, state) for name, state in states)))
+    report(f"resuming after {progress.documents:,} documents")
+    return _Work(tokenizer, progress, stream)
+
+
+def _begin(data: DataConfig, vocab_size: int, texts: list[Text], folder: Path, report: Report) -> _Work:
+    """Everything is left to do; nothing of an earlier preparation stays but the tokenizer, which is overwritten."""
+    with _writing(folder):
+        (folder / PROGRESS).unlink(missing_ok=True)
+        _remove_leftovers(folder, set())
+    tokenizer = _place_tokenizer(data, vocab_size, texts, folder, report)
+    progress = Progress(
+        **settings_of(data, vocab_size),
+        texts=tuple((text.documents, text.blocks) for text in texts),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        documents=0,
+        chain="",
+        components=(WriterState(),) * sum(not text.valid for text in texts),
+        valid=WriterState(),
+    )
+    _save(progress, folder)
+    return _Work(tokenizer, progress, read_texts(texts))
+
+
+def _remove_leftovers(folder: Path, kept: set[str]) -> None:
+    tokenizer = r"tokenizer\.\w+|tokenizer_config\.json"
+    ours = rf"(train(-\d+)?|valid)-\d{{5}}\.bin|{tokenizer}|({tokenizer}|manifest\.json|progress\.json)\.partial"
     for path in folder.iterdir():
-        if re.fullmatch(r"(train|valid)-\d{5}\.bin|tokenizer(\.\w+|_config\.json)|.*\.partial", path.name):
+        if re.fullmatch(ours, path.name) and path.name not in kept:
             path.unlink()
 
 
-def _place_tokenizer(
-    data: DataConfig, vocab_size: int, corpus: Corpus, folder: Path, report: Callable[[str], object]
-) -> Tokenizer:
+def _place_tokenizer(data: DataConfig, vocab_size: int, texts: list[Text], folder: Path, report: Report) -> Tokenizer:
     """The tokenizer, trained on the training split or copied, as it lies in `folder`."""
     started = time.monotonic()
     if data.tokenizer == "train":
-        texts = (document.text for split, document in split_documents(corpus) if split == "train")
-        contents, verb = {"tokenizer.model": train_sentencepiece(texts, vocab_size)}, "trained"
+        training = (document.text for writer, document in read_texts(texts) if writer != VALID)
+        contents, verb = {"tokenizer.model": train_sentencepiece(training, vocab_size)}, "trained"
     else:
-        load_tokenizer(data.tokenizer)  # names the file if it is not one
         contents, verb = tokenizer_contents(data.tokenizer), "copied"
-    for name, content in contents.items():
-        _write_durably(folder / name, content)
+    with _writing(folder):
+        for name, content in contents.items():
+            write_durably(folder / name, content)
     tokenizer = load_tokenizer(folder / next(iter(contents)))
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -201,50 +261,79 @@ def _place_tokenizer(
     return tokenizer
 
 
-def _write_shards(
-    data: DataConfig,
-    vocab_size: int,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    folder: Path,
-    report: Callable[[str], object],
-) -> Manifest:
+def _tokenise(work: _Work, texts: list[Text], folder: Path, report: Report) -> Manifest:
+    """Shards of all that is left, saved every few seconds, and the manifest."""
     started = time.monotonic()
-    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    writers: dict[Split, _SplitWriter] = {
-        "train": _SplitWriter(folder, "train", dtype),
-        "valid": _SplitWriter(folder, "valid", dtype),
-    }
-    corpus_hash = hashlib.sha256()
-    ends = [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
-    for batch in _batched(split_documents(corpus)):
-        encoded = tokenizer.encode_batch([document.text for _, document in batch])
-        for (split, document), ids in zip(batch, encoded, strict=True):
-            name, text = document.name.encode(), document.text.encode()
-            corpus_hash.update(len(name).to_bytes(8, "little") + name + len(text).to_bytes(8, "little") + text)
-            writers[split].add(np.concatenate(([tokenizer.bos_id], ids, ends)), len(text))
-    infos = {split: writer.close() for split, writer in writers.items()}
-    counts = "; ".join(f"{split} {info.documents} documents, {info.tokens} tokens" for split, info in infos.items())
-    report(f"tokenised {counts} ({time.monotonic() - started:.1f} s)")
-    return Manifest(
-        sources=tuple(source.path for source in data.sources),
-        tokenizer=data.tokenizer,
-        vocab_size=vocab_size,
-        validation_fraction=data.validation_fraction,
-        corpus_fingerprint=corpus_hash.hexdigest(),
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        dtype=dtype,
-        block_bytes=BLOCK_BYTES,
-        train=infos["train"],
-        valid=infos["valid"],
+    tokenizer, progress = work.tokenizer, work.progress
+    dtype = _dtype(progress.vocab_size)
+    states = (*progress.components, progress.valid)
+    with _writing(folder):
+        writers = [
+            ShardWriter(folder, *pair) for pair in zip(_names_of_writers(progress), itertools.repeat(dtype), states)
+        ]
+    documents, chain = progress.documents, progress.chain
+    begun, saved_at = sum(writer.tokens for writer in writers), started
+    with StatusLine(report) as line:
+        for batch in _batched(work.stream):
+            encoded = tokenizer.encode_batch([document.text for _, document in batch])
+            chain = _add(batch, encoded, chain, tokenizer, writers, folder)
+            documents += len(batch)
+            if time.monotonic() - saved_at >= _SAVE_SECONDS:
+                with _writing(folder):
+                    *components, valid = (writer.save() for writer in writers)
+                    change = {"documents": documents, "chain": chain, "components": (*components,), "valid": valid}
+                    progress = progress.model_copy(update=change)
+                    _save(progress, folder)
+                saved_at = time.monotonic()
+            line.update(partial(_tell, documents, writers, begun, started, texts))
+    with _writing(folder):
+        *components, valid = (writer.close() for writer in writers)
+        manifest = Manifest(
+            **{name: getattr(progress, name) for name in Settings.model_fields},
+            corpus_fingerprint=chain,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            dtype=dtype,
+            block_bytes=shards.BLOCK_BYTES,
+            components=tuple(components),
+            valid=valid,
+        )
+        write_durably(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        (folder / PROGRESS).unlink(missing_ok=True)
+    counts = "; ".join(
+        f"{split} {info.documents} documents, {info.tokens} tokens"
+        for split, info in (("train", manifest.train), ("valid", manifest.valid))
     )
+    report(f"tokenised {counts} ({time.monotonic() - started:.1f} s)")
+    return manifest
 
 
-def _batched(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
+def _add(
+    batch: list[tuple[int, Document]],
+    encoded: list[np.ndarray],
+    chain: str,
+    tokenizer: Tokenizer,
+    writers: list[ShardWriter],
+    folder: Path,
+) -> str:
+    """Gives each document to its writer; returns the chain."""
+    first = np.array([tokenizer.bos_id], np.int32)
+    last = np.array([tokenizer.eos_id] * (tokenizer.eos_id != tokenizer.bos_id), np.int32)
+    for number, group in itertools.groupby(zip(batch, encoded, strict=True), key=lambda pair: pair[0][0]):
+        pieces, size = [], 0
+        for (_, document), ids in group:
+            chain, length = link(chain, document)
+            pieces += [first, ids, last]
+            size += length
+        with _writing(folder):
+            writers[number].add(np.concatenate(pieces), len(pieces) // 3, size)
+    return chain
+
+
+def _batched(stream: Stream) -> Iterator[list[tuple[int, Document]]]:
     batch, size = [], 0
-    for item in documents:
+    for item in stream:
         batch.append(item)
         size += len(item[1].text)
         if size >= _ENCODE_CHARS:
@@ -254,62 +343,15 @@ def _batched(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple
         yield batch
 
 
-class _SplitWriter:
-    """Appends documents to SPLIT-00000.bin, SPLIT-00001.bin, ..., and hashes each block that is full."""
-
-    def __init__(self, folder: Path, split: Split, dtype: str) -> None:
-        self._folder, self._split, self._dtype = folder, split, np.dtype(dtype)
-        self._documents = self._text_bytes = 0
-        self._buffer = bytearray()
-        self._blocks: list[str] = []  # of the shard being written
-        self._shards: list[Shard] = []
-
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        self._documents += 1
-        self._text_bytes += text_bytes
-        self._buffer += tokens.astype(self._dtype).tobytes()
-        while len(self._buffer) >= BLOCK_BYTES:
-            self._write_block(self._buffer[:BLOCK_BYTES])
-            del self._buffer[:BLOCK_BYTES]
-
-    def close(self) -> SplitInfo:
-        if self._buffer:
-            self._write_block(self._buffer)
-        if self._blocks:
-            self._finish_shard()
-        tokens = sum(shard.tokens for shard in self._shards)
-        return SplitInfo(documents=self._documents, tokens=tokens, bytes=self._text_bytes, shards=tuple(self._shards))
-
-    @property
-    def _path(self) -> Path:
-        return self._folder / f"{self._split}-{len(self._shards):05d}.bin"
-
-    def _write_block(self, block: bytearray) -> None:
-        with self._path.open("ab") as file:
-            file.write(block)
-        self._blocks.append(hashlib.blake2b(block, digest_size=16).hexdigest())
-        if len(self._blocks) == SHARD_BLOCKS:
-            self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        path = self._path
-        with path.open("ab") as file:
-            os.fsync(file.fileno())
-        tokens = path.stat().st_size // self._dtype.itemsize
-        self._shards.append(Shard(file=path.name, tokens=tokens, blocks=tuple(self._blocks)))
-        self._blocks = []
+def _tell(documents: int, writers: list[ShardWriter], begun: int, started: float, texts: list[Text]) -> str:
+    tokens = sum(writer.tokens for writer in writers)
+    size = sum(writer.text_bytes for writer in writers) / 1e6
+    speed = (tokens - begun) / max(time.monotonic() - started, 1e-9)
+    line = f"tokenised {documents:,} documents, {tokens:,} tokens, {size:,.0f} MB, {speed:,.0f} tokens/s"
+    if any(text.blocks for text in texts):  # their documents are parts of documents: how many is not known
+        return line
+    return f"{line}, {documents / sum(text.documents for text in texts):.0%} done"
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    """All of `content` or nothing, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _save(progress: Progress, folder: Path) -> None:
+    write_durably(folder / PROGRESS, progress.model_dump_json().encode())

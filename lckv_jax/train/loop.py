@@ -75,7 +75,16 @@ class _Datasets(NamedTuple):
 
 def _batches(config: RunConfig, manifest: Manifest, split: Any) -> Any:
     data = config.data
-    return batches(data.folder, manifest, split, seq_len=data.seq_len, batch_size=data.batch_size, seed=config.seed)
+    return batches(
+        data.folder,
+        manifest,
+        split,
+        seq_len=data.seq_len,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        packing=data.packing,
+        weights=[source.weight for source in data.sources],
+    )
 
 
 class _Run:
