@@ -17,6 +17,7 @@ from lckv_jax.errors import UserError
 
 WORDS = [f"{a}{b}" for a in ("to", "ma", "sen", "kri", "vo") for b in ("ra", "lim", "gus", "ne")]
 VOCAB = 300
+BUILTIN = (SourceConfig(path="builtin"),)
 
 
 def quiet(line: str) -> None:
@@ -97,11 +98,7 @@ def test_builtin_source_is_ready_to_train_on(tmp_path: Path) -> None:
     assert 2.5 < manifest.train.bytes / manifest.train.tokens < 5
     tokens = np.fromfile(tmp_path / "train-0-00000.bin", "<u2", count=50_000)
     second = np.flatnonzero(tokens == 1)[1]
-    texts = (
-        document.text
-        for split, document in split_documents(scan([SourceConfig(path="builtin")], 0.02))
-        if split == "train"
-    )
+    texts = (document.text for split, document in split_documents(scan(BUILTIN, 0.02)) if split == "train")
     assert load_tokenizer(tmp_path / "tokenizer.model").decode(tokens[:second]) == next(texts)
 
 
@@ -132,7 +129,7 @@ def test_prepared_folder_is_only_read(data: DataConfig) -> None:
     [
         ({}, 301, r"model\.vocab_size=300, but the config says 301"),
         (
-            {"sources": (SourceConfig(path="builtin"),)},
+            {"sources": BUILTIN},
             VOCAB,
             r'data\.sources=\[".*txt"\], but the config says \["builtin"\]',
         ),

@@ -118,7 +118,7 @@ def test_killed_at_any_write(data: DataConfig, monkeypatch: pytest.MonkeyPatch) 
     for number in range(0, writes, 3):
         killed = at(data, f"killed{number}")
         prepare_until(number, killed, monkeypatch)
-        with pytest.raises(UserError, match="holds (no prepared data|a preparation that was stopped)"):
+        with pytest.raises(UserError, match=r"holds (no prepared data|a preparation that was stopped)"):
             load_manifest(killed.folder)
         lines: list[str] = []
         prepare(killed, VOCAB, lines.append)

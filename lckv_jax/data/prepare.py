@@ -176,8 +176,12 @@ class _Work(NamedTuple):
     stream: Stream
 
 
-def _names_of_writers(progress: Progress) -> list[str]:
-    return [*(f"train-{number}" for number in range(len(progress.components))), "valid"]
+def _states(progress: Progress) -> list[tuple[str, WriterState]]:
+    """The writers: name of the shards, and what is on disk."""
+    return [
+        *((f"train-{number}", state) for number, state in enumerate(progress.components)),
+        ("valid", progress.valid),
+    ]
 
 
 def _dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
@@ -186,31 +190,36 @@ def _dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
 
 def _resume(progress: Progress, texts: list[Text], folder: Path, report: Report) -> _Work | None:
     """What a stopped preparation left to do; None, and a line why, if it cannot go on."""
-    states = list(zip(_names_of_writers(progress), (*progress.components, progress.valid), strict=True))
-    dtype = _dtype(progress.vocab_size)
-    stream = read_texts(texts)
-    why = None
-    tokenizer = find_tokenizer(folder)
-    if tokenizer is None or tokenizer.fingerprint != progress.tokenizer_fingerprint:
-        why = "its tokenizer was changed"
-    elif not all(is_on_disk(folder, name, dtype, state) for name, state in states):
-        why = "its shards were changed"
-    elif progress.texts != tuple((text.documents, text.blocks) for text in texts):
-        why = "the texts have changed"
-    else:
-        chain = ""
-        for _, document in itertools.islice(stream, progress.documents):
-            chain, _ = link(chain, document)
-        if chain != progress.chain:
-            why = "the texts have changed"
-    if why:
-        report(f"{folder} holds a preparation that was stopped, but {why} since: starting over")
+    tokenizer, stream = find_tokenizer(folder), read_texts(texts)
+    change = _find_change(progress, texts, tokenizer, stream, folder)
+    if tokenizer is None or change:
+        report(f"{folder} holds a preparation that was stopped, but {change} since: starting over")
         return None
     kept = {path.name for path in tokenizer_files(folder)}
+    for name, state in _states(progress):
+        kept |= files_of(folder, name, state)
     with _writing(folder):
-        _remove_leftovers(folder, kept.union(*(files_of(folder, name, state) for name, state in states)))
+        _remove_leftovers(folder, kept)
     report(f"resuming after {progress.documents:,} documents")
     return _Work(tokenizer, progress, stream)
+
+
+def _find_change(
+    progress: Progress, texts: list[Text], tokenizer: Tokenizer | None, stream: Stream, folder: Path
+) -> str | None:
+    """What is not as `progress` knows it, None if nothing is: then the stream has passed what is done."""
+    if tokenizer is None or tokenizer.fingerprint != progress.tokenizer_fingerprint:
+        return "its tokenizer was changed"
+    dtype = _dtype(progress.vocab_size)
+    if not all(is_on_disk(folder, name, dtype, state) for name, state in _states(progress)):
+        return "its shards were changed"
+    chain = ""
+    if progress.texts == tuple((text.documents, text.blocks) for text in texts):
+        for _, document in itertools.islice(stream, progress.documents):
+            chain, _ = link(chain, document)
+        if chain == progress.chain:
+            return None
+    return "the texts have changed"
 
 
 def _begin(data: DataConfig, vocab_size: int, texts: list[Text], folder: Path, report: Report) -> _Work:
@@ -266,11 +275,8 @@ def _tokenise(work: _Work, texts: list[Text], folder: Path, report: Report) -> M
     started = time.monotonic()
     tokenizer, progress = work.tokenizer, work.progress
     dtype = _dtype(progress.vocab_size)
-    states = (*progress.components, progress.valid)
     with _writing(folder):
-        writers = [
-            ShardWriter(folder, *pair) for pair in zip(_names_of_writers(progress), itertools.repeat(dtype), states)
-        ]
+        writers = [ShardWriter(folder, name, dtype, state) for name, state in _states(progress)]
     documents, chain = progress.documents, progress.chain
     begun, saved_at = sum(writer.tokens for writer in writers), started
     with StatusLine(report) as line:
@@ -287,18 +293,7 @@ def _tokenise(work: _Work, texts: list[Text], folder: Path, report: Report) -> M
                 saved_at = time.monotonic()
             line.update(partial(_tell, documents, writers, begun, started, texts))
     with _writing(folder):
-        *components, valid = (writer.close() for writer in writers)
-        manifest = Manifest(
-            **{name: getattr(progress, name) for name in Settings.model_fields},
-            corpus_fingerprint=chain,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            dtype=dtype,
-            block_bytes=shards.BLOCK_BYTES,
-            components=tuple(components),
-            valid=valid,
-        )
+        manifest = _finish(progress, writers, tokenizer, chain)
         write_durably(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
         (folder / PROGRESS).unlink(missing_ok=True)
     counts = "; ".join(
@@ -307,6 +302,21 @@ def _tokenise(work: _Work, texts: list[Text], folder: Path, report: Report) -> M
     )
     report(f"tokenised {counts} ({time.monotonic() - started:.1f} s)")
     return manifest
+
+
+def _finish(progress: Progress, writers: list[ShardWriter], tokenizer: Tokenizer, chain: str) -> Manifest:
+    *components, valid = (writer.close() for writer in writers)
+    return Manifest(
+        **{name: getattr(progress, name) for name in Settings.model_fields},
+        corpus_fingerprint=chain,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        dtype=_dtype(progress.vocab_size),
+        block_bytes=shards.BLOCK_BYTES,
+        components=tuple(components),
+        valid=valid,
+    )
 
 
 def _add(
