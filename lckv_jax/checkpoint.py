@@ -167,7 +167,7 @@ def load(
 
     tokenizer = find_tokenizer(Path(os.fspath(run)))
     if tokenizer is not None and meta["tokenizer"] not in ("", tokenizer.fingerprint):
-        raise UserError(f"{run} does not hold the tokenizer that the run was trained with; put that one back")
+        raise UserError(f"what {run} holds is not the tokenizer that the run was trained with; put that one back")
     return state["params"], config, tokenizer
 
 

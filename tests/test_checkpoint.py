@@ -275,8 +275,8 @@ def test_load_a_run_and_a_step(tmp_path, monkeypatch):
         assert_same_state(params, make_state(step)["params"])
         assert isinstance(params["embed"], jax.Array)
         assert (config, tokenizer) == (CONFIG, None)
-    stub = types.SimpleNamespace(load_tokenizer=lambda path: types.SimpleNamespace(fingerprint=Path(path).read_text()))
-    monkeypatch.setitem(sys.modules, "lckv_jax.data.tokenizer", stub)
+    read = lambda folder: types.SimpleNamespace(fingerprint=(folder / "tokenizer.model").read_text())  # noqa: E731
+    monkeypatch.setitem(sys.modules, "lckv_jax.data.tokenizer", types.SimpleNamespace(find_tokenizer=read))
     (tmp_path / "tokenizer.model").write_text("print")
     for folder in (tmp_path, tmp_path / "checkpoints" / "1"):
         assert load(folder)[2].fingerprint == "print"

@@ -135,7 +135,7 @@ def _check_tokenizer(manifest: Manifest, folder: Path) -> None:
     tokenizer = find_tokenizer(folder)
     if tokenizer is None or tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(
-            f"{folder} does not hold the tokenizer that the tokens were made with; "
+            f"{folder} holds no tokenizer.model, .json or .bytes that the tokens were made with; "
             "put that one back, or delete the folder to prepare it again"
         )
 
