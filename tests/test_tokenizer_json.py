@@ -126,7 +126,10 @@ def bytes_bpe() -> TokenizerJson:
     return TokenizerJson(byte_level("<|begin_of_text|>", "<|end_of_text|>").to_str().encode())
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<|end_of_text|>", "a<|begin_of_text|>"]))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(["<|end_of_text|>", "a<|begin_of_text|>", "\0<|end_of_text|>"])
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_any_text_round_trips(bytes_bpe: TokenizerJson, text: str) -> None:
     ids = bytes_bpe.encode(text)
@@ -183,7 +186,8 @@ def test_begin_and_end_are_found(special: list[str], config: dict | None, begin:
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (original.token_to_id(begin), original.token_to_id(end))
+    for same in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        assert (same.bos_id, same.eos_id) == (original.token_to_id(begin), original.token_to_id(end))
 
 
 def test_one_token_may_be_unknown_begin_and_end() -> None:
