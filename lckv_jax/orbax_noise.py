@@ -1,4 +1,4 @@
-"""What orbax says beside its exceptions, kept off the terminal: a failed read is told in our words, once."""
+"""What orbax says beside its exceptions, kept off the terminal: a failure is told in our words, once."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 
 
 def quieten_orbax() -> None:
-    """Keeps orbax' informational log and its warnings off the terminal; its errors still appear."""
+    """Keeps off the terminal what orbax logs below errors, and the stacks of errors that it also raises."""
     logging.getLogger("absl").addFilter(_is_worth_reading)
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Orbax warns of its own habits; an error in one of its threads is worth reading."""
-    return record.levelno >= logging.ERROR or not _is_from_orbax(record)
+    """Orbax warns of its own habits. What it logs with a stack, it raises from the next call that waits or saves."""
+    return not _is_from_orbax(record) or (record.levelno >= logging.ERROR and not record.exc_info)
+
+
+def system_reason(error: BaseException) -> str | None:
+    """What the operating system said, such as "No space left on device", if that is why orbax raised; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
+        if match := re.search(r"os_error_code='(\d+)'", str(cause)):  # tensorstore raises ValueError
+            return os.strerror(int(match[1]))
+        cause = cause.__cause__
+    return None
 
 
 def _is_from_orbax(record: logging.LogRecord) -> bool:

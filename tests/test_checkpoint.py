@@ -264,8 +264,8 @@ def test_the_caller_may_refuse_a_step_by_its_metadata(tmp_path):
 
 def test_folder_that_cannot_hold_checkpoints(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot hold checkpoints"):
-        open_checkpoints(tmp_path / "file" / "checkpoints", 2)
+    with pytest.raises(UserError, match="cannot hold checkpoints"), open_checkpoints(tmp_path / "file" / "steps", 2):
+        pass
 
 
 def test_load_a_run_and_a_step(tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ truncate(folder / "3")
 with open_checkpoints(folder, 5) as manager:
     state, meta = restore(manager, target)
     assert bits(state) == bits(make_state(2))
-manager = open_checkpoints(folder, 5)
+manager = open_checkpoints(folder, 5).__enter__()
 save(manager, make_state(9) | {"ballast": jax.numpy.asarray(np.random.default_rng(0).random((4000, 4000)))}, CONFIG)
 print("killed", flush=True)
 os._exit(9)
@@ -373,19 +373,19 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, process)
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from test_checkpoint import CONFIG, abstract, make_state
-from lckv_jax import checkpoint
+from lckv_jax import checkpoint, step_folder
 
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
 def spread(x):
     sharding = NamedSharding(mesh, P("fsdp") if x.ndim == 2 else P())
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
 
-read = checkpoint._read
+read = step_folder._read
 def read_or_fail(folder, **items):
     if process == 1 and folder.name == "2" and "params" in items:
         raise OSError("the disk of process 1 is gone")
     return read(folder, **items)
-checkpoint._read = read_or_fail
+step_folder._read = read_or_fail
 
 with checkpoint.open_checkpoints(sys.argv[1], 5) as manager:
     for step in (1, 2):
@@ -424,7 +424,7 @@ def test_a_disk_that_fails_to_read_costs_no_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error", "some/file")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lckv_jax.checkpoint._read", failing)
+        patch.setattr("lckv_jax.step_folder._read", failing)
         with pytest.raises(UserError, match="some/file cannot be read: Input/output error; mend that"):
             restore_lines(tmp_path)
     assert steps_in(tmp_path) == [1, 2]

@@ -1,0 +1,130 @@
+"""One step on disk: which there are, what they hold, and reading one so that every leaf is verified."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from lckv_jax.errors import UserError
+from lckv_jax.fingerprint import describe_leaves
+from lckv_jax.orbax_noise import reading_quietly
+
+# Why a file cannot be read although it may be whole.
+_PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+
+State = dict[str, Any]
+Meta = dict[str, Any]
+T = TypeVar("T")
+
+
+class Unusable(Exception):
+    """Why a checkpoint cannot be used, in a few words."""
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+    """The steps in `folder`, newest first. An empty folder is no step."""
+    paths = [path for path in folder.iterdir() if path.name.isdecimal()]
+    return sorted((int(path.name) for path in paths if path.is_dir() and any(path.iterdir())), reverse=True)
+
+
+def read_losses(folder: epath.Path) -> dict[int, float | None]:
+    """The validation loss of each step in `folder`; None where the metadata has none or is damaged."""
+    found: dict[int, float | None] = {}
+    for step in list_steps(folder) if folder.is_dir() else []:
+        try:
+            found[step] = read_meta(folder / str(step)).get("valid_loss")
+        except Unusable:
+            found[step] = None
+    return found
+
+
+def state_items(state: State) -> dict[str, Any]:
+    """The state as it lies on disk: the parameters apart, so that they can be read alone."""
+    rest = {name: tree for name, tree in state.items() if name != "params"}
+    return {"params": state["params"]} | ({"rest": rest} if rest else {})
+
+
+def digest(meta: Mapping[str, Any]) -> str:
+    """Hex sha256 of metadata, which guards it as the fingerprints guard the leaves."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[State, Meta]:
+    """The state and metadata in `folder`, verified; `select` gives the abstract state to read, from the metadata.
+
+    Raises Unusable if they are not what was saved, and UserError if that may be this machine's fault.
+    """
+    meta = read_meta(folder)
+    abstract = select(meta)
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in state_items(abstract).items()}
+    restored = _together(lambda: _read(folder, **items))
+    state = {"params": restored["params"], **restored.get("rest", {})}
+    wrong = [path for path, leaf in describe_leaves(state).items() if leaf != meta["leaves"].get(path)]
+    if wrong:
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise Unusable(f"{wrong[0]}{others} differs from what was saved")
+    return state, meta
+
+
+def read_meta(folder: epath.Path) -> Meta:
+    """The metadata alone; raises as `read_step`."""
+    return _together(lambda: _read_meta(folder))
+
+
+def _read_meta(folder: epath.Path) -> Meta:
+    meta = _read(folder, meta=ocp.args.JsonRestore())["meta"]
+    if not isinstance(meta, dict) or meta.pop("digest", None) != digest(meta):
+        raise Unusable("its metadata differs from what was saved")
+    return meta
+
+
+def _read(folder: epath.Path, **items: Any) -> dict[str, Any]:
+    """Items of one step. Each process reads alone, for in orbax' barriers the others would wait for one that fails."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
+        return dict(checkpointer.restore(folder, args=ocp.args.Composite(**items)).items())
+
+
+def _together(action: Callable[[], T]) -> T:
+    """The result of `action`; if it fails in one process, all of them raise Unusable."""
+    result, problem = None, ""
+    with reading_quietly():
+        try:
+            result = action()
+        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            if isinstance(_root(error), (MemoryError, jax.errors.JaxRuntimeError)):
+                raise  # this machine's trouble, not the checkpoint's: it must not cost a step
+            if isinstance(root := _root(error), OSError) and root.errno in _PASSING:
+                raise UserError(
+                    f"{root.filename or 'a checkpoint'} cannot be read: {root.strerror}; mend that and run again"
+                ) from error
+            logging.getLogger(__name__).debug("a checkpoint is unusable", exc_info=True)
+            problem = _reason(error)
+        if problem:
+            gc.collect()  # coroutines that were never awaited warn when they are collected
+    if not np.all(multihost_utils.process_allgather(np.array(not problem))):
+        raise Unusable(problem or "another process could not read it")
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _root(error: BaseException) -> BaseException:
+    return _root(error.__cause__) if error.__cause__ else error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Unusable):
+        return str(error)
+    root = _root(error)
+    text = f"{type(root).__name__}: {' '.join(str(root).split())}"
+    return f"cannot be read ({text if len(text) <= 120 else text[:117] + '...'})"
