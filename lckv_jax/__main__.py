@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lckv_jax.config import RunConfig, load_config
-from lckv_jax.errors import UserError
+from lckv_jax.errors import Stopped, UserError
 
 
 def _train(config: RunConfig) -> None:
@@ -43,7 +43,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code: 0, or 2 after one sentence about what the user can mend."""
+    """Runs one command; the exit code: 0, 2 after one sentence about what the user can mend, 42 after SIGTERM."""
     parser = argparse.ArgumentParser(
         prog="python -m lckv_jax", description="Pretraining of transformers whose layers share keys and values."
     )
@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 42
     return 0
 
 

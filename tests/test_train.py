@@ -1,14 +1,16 @@
 """`train` end to end on a tiny model: what it leaves behind, exact resume, refusals."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from lckv_jax import checkpoint
-from lckv_jax.config import load_config
+from lckv_jax.config import SourceConfig, load_config
 from lckv_jax.data.prepare import prepare
+from lckv_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from lckv_jax.errors import UserError
 from lckv_jax.train import loop
 from lckv_jax.train.loop import train
@@ -103,26 +105,28 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(finished_config, tmp_
     jax.tree.map(np.testing.assert_array_equal, want, parameters(config))
 
 
+def files(folder):
+    """Every file and when it changed."""
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.norm_eps=1e-6", r"holds another run: model.norm_eps is 1e-05 there, 1e-06 here"),
+        (
+            "model.norm_eps=1e-6",
+            r'step 6 has another config: model.norm_eps 1e-05 -> 1e-06; .* "allow_changes=\[model.norm',
+        ),
         ("optimizer.learning_rate=1e-3", "learning_rate"),
-        ("model.sharing=0_1_2_3", "sharing is '0_2_2_3' there"),
+        ("model.sharing=0_1_2_3", 'sharing "0_2_2_3" -> "0_1_2_3"'),
         ("seed=1", "seed"),
     ],
 )
 def test_another_config_in_the_folder_is_refused(finished_config, tmp_path, override, message):
-    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+    before = files(tmp_path / "run")
     with pytest.raises(UserError, match=message):
         train(load_config(finished_config, [override]))
-    assert before == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
-
-
-def test_a_checkpoint_of_another_config_is_refused_without_config_json(finished_config, tmp_path):
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"checkpoint of step 6 .* has another config: seed is 0 there, 1 here"):
-        train(load_config(finished_config, ["seed=1"]))
+    assert before == files(tmp_path / "run")
 
 
 def test_what_does_not_change_the_numbers_may_change(finished_config, capsys):
@@ -130,25 +134,28 @@ def test_what_does_not_change_the_numbers_may_change(finished_config, capsys):
     assert "done: 6 steps" in capsys.readouterr().out
 
 
-def test_other_data_is_refused(finished_config, tmp_path):
-    """The folder was prepared again, with the same settings, from texts that have changed since."""
-    texts = tmp_path / "texts"
+def prepare_other_texts(config, folder):
+    """Other tokens in `folder`, with a manifest that claims the settings of the config."""
+    texts = folder.parent / "texts"
     texts.mkdir()
     for number in range(8):
-        (texts / f"{number}.txt").write_text(f"{number} is a number. " * 2000)
-    config = load_config(finished_config)
-    other = config.data.model_copy(
-        update={
-            "sources": (f"{texts}/*.txt",),
-            "tokenizer": str(tmp_path / "run" / "tokenizer.model"),
-            "folder": str(tmp_path / "other"),
-        }
-    )
-    manifest = prepare(other, 512)
-    disguised = manifest.model_copy(update={"sources": config.data.sources, "tokenizer": "train"})
-    (tmp_path / "other" / "manifest.json").write_text(disguised.model_dump_json())
-    with pytest.raises(UserError, match="trained on other data"):
-        train(load_config(finished_config, [f"data.folder={tmp_path / 'other'}"]))
+        (texts / f"{number}.txt").write_text("".join(f"{number} is a number, {i} is another. " for i in range(900)))
+    sources = (SourceConfig(path=f"{texts}/*.txt"),)
+    tokenizer = str(Path(config.out) / "tokenizer.model")
+    prepare(config.data.model_copy(update={"sources": sources, "tokenizer": tokenizer, "folder": str(folder)}), 512)
+    made, wanted = (json.loads((Path(f) / "manifest.json").read_text()) for f in (folder, config.data.folder))
+    disguised = made | {name: wanted[name] for name in ("sources", "tokenizer")}
+    (folder / "manifest.json").write_text(json.dumps(disguised))
+
+
+def test_other_data_is_refused_unless_allowed(finished_config, tmp_path, capsys):
+    """The folder was prepared again, with the same settings, from texts that have changed since."""
+    prepare_other_texts(load_config(finished_config), tmp_path / "other")
+    overrides = [f"data.folder={tmp_path / 'other'}"]
+    with pytest.raises(UserError, match=r"trained on other data .*allow_changes=\[data.sources\]"):
+        train(load_config(finished_config, overrides))
+    train(load_config(finished_config, [*overrides, "allow_changes=[data.sources]"]))
+    assert "done: 6 steps" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
@@ -171,17 +178,18 @@ def test_a_validation_that_is_not_finite_stops_the_run(tiny_config, tmp_path, mo
 
 
 def test_a_refused_run_keeps_its_tokenizer_and_config(finished_config, tmp_path):
-    """The data folder was lost and made again from other texts: the run's own copies are the only ones left."""
+    """The data folder was lost and made again with another tokenizer: the run's own copies are the only ones left."""
     kept = {name: (tmp_path / "run" / name).read_bytes() for name in ("tokenizer.model", "config.json")}
-    other = load_config(finished_config).data.model_copy(
-        update={"folder": str(tmp_path / "other"), "sources": ("builtin",)}
-    )
-    disguised = prepare(other, 512).model_copy(update={"sources": load_config(finished_config).data.sources})
-    (tmp_path / "other" / "manifest.json").write_text(disguised.model_dump_json())
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    texts = (f"{word} the {number}" for number in range(2000) for word in ("all", "of", "other", "words"))
+    (tmp_path / "data" / "tokenizer.model").write_bytes(train_sentencepiece(texts, 300))
+    other = load_tokenizer(tmp_path / "data" / "tokenizer.model")
+    manifest["tokenizer_fingerprint"] = other.fingerprint
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="another tokenizer"):
-        train(load_config(finished_config, [f"data.folder={tmp_path / 'other'}"]))
+        train(load_config(finished_config))
     assert kept == {name: (tmp_path / "run" / name).read_bytes() for name in kept}
-    (tmp_path / "run" / "tokenizer.model").write_bytes((tmp_path / "other" / "tokenizer.model").read_bytes())
+    (tmp_path / "run" / "tokenizer.model").write_bytes((tmp_path / "data" / "tokenizer.model").read_bytes())
     with pytest.raises(UserError, match="not the tokenizer that the run was trained with"):
         checkpoint.load(tmp_path / "run")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,60 +11,77 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import traverse_util
 from rich.console import Console
 
 from lckv_jax import checkpoint
-from lckv_jax.config import RunConfig, config_json
+from lckv_jax.config import RunConfig
 from lckv_jax.data.batches import batches, iterate
 from lckv_jax.data.prepare import Manifest, prepare
-from lckv_jax.data.tokenizer import tokenizer_files
-from lckv_jax.errors import UserError
+from lckv_jax.errors import Stopped, UserError
 from lckv_jax.model.transformer import check_dtype
 from lckv_jax.parallel.mesh import batch_sharding, check_sizes, make_mesh, replicated_dims
+from lckv_jax.train import resume, run_folder
 from lckv_jax.train.metrics import MetricsFile, ProgressLine, Record, draw_loss_curve, read_metrics
 from lckv_jax.train.optimizer import make_optimizer
+from lckv_jax.train.signals import noting_sigterm, stopping_at_once
 from lckv_jax.train.spikes import refuse_to_go_on
 from lckv_jax.train.state import TrainState, abstract_state, evaluated_params, init_state
 from lckv_jax.train.step import make_eval_step, make_train_step
-
-# What may differ between the run in a folder and the config that resumes it: the mathematics stays the same.
-_FREE = ("out", "data.folder", "train.log_every", "train.eval_", "train.save_every", "train.keep", "mesh.")
 
 
 def train(config: RunConfig) -> None:
     """Runs `config` to its last step, from the newest good checkpoint in `config.out` if there is one.
 
     Makes the data first if `config.data.folder` is empty. Leaves in `config.out`: checkpoints/, config.json,
-    the tokenizer, metrics.jsonl (a line a step and a line a validation) and loss.png.
-    Raises UserError for everything that the user can mend, and if the loss stops being finite.
+    the tokenizer, metrics.jsonl (a line a step and a line a validation), changes.jsonl if the config ever changed,
+    and loss.png.
+    Raises UserError for everything that the user can mend, and if the loss stops being finite; Stopped after SIGTERM,
+    when the last step is saved.
     """
     console = Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     check_dtype(config.model)
+    resume.check_allowed_names(config.allow_changes)
     mesh = make_mesh(config.mesh)
     check_sizes(config.model, config.data.batch_size, mesh)
     if replicated_dims(config.model, mesh):
         say(f"mesh: {config.model.num_kv_heads} K/V heads are not split over tensor={mesh.shape['tensor']}")
     out = Path(config.out).expanduser()
-    _refuse_another_run(config, out)
-    manifest = prepare(config.data, config.model.vocab_size, say)
-    datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
-    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out / "checkpoints", config.train.keep) as manager:
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        restored = checkpoint.restore(
-            manager,
-            abstract_state(config, optimizer, mesh),
-            check=lambda meta: _check_same_run(config, manifest, meta),
-            report=say,
-        )
-        state = restored[0] if restored else init_state(config, optimizer, mesh)
-        if restored:
-            say(f"resuming {out} from step {int(state['step'])}")
-        _claim_folder(config, out)  # only now is it certain that the folder is this run's
-        run = _Run(config, manifest, datasets, manager, console, int(state["step"]))
-        run.finish(state, make_train_step(config, optimizer, mesh))
-    _summarise(config, out, say)
+    with stopping_at_once(), run_folder.held(out, say):
+        _check_resumable(config, out, say)
+        manifest = prepare(config.data, config.model.vocab_size, say)
+        datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
+        keep, keep_best = config.train.keep, config.train.keep_best
+        with jax.set_mesh(mesh), checkpoint.open_checkpoints(out / "checkpoints", keep, keep_best) as manager:
+            run, state, step_function = _start(config, manifest, datasets, manager, console)
+            run.finish(state, step_function)
+        _summarise(config, out, say)
+
+
+def _start(
+    config: RunConfig, manifest: Manifest, datasets: _Datasets, manager: Any, console: Console
+) -> tuple[_Run, TrainState, Any]:
+    """The run, its state and its jitted step, restored if there is a checkpoint; only then is the folder claimed."""
+    out, mesh = Path(config.out).expanduser(), jax.sharding.get_mesh()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    restored = checkpoint.restore(
+        manager,
+        abstract_state(config, optimizer, mesh),
+        check=lambda meta: _check_same_run(config, manifest, meta),
+        report=say,
+    )
+    if restored is None:
+        state, tokens_seen = init_state(config, optimizer, mesh), 0
+    else:
+        state, tokens_seen = restored[0], _tokens_seen(restored[1])
+        say(f"resuming {out} from step {int(state['step'])}")
+    run_folder.claim(config, out)
+    if restored is not None:
+        before = resume.read_config(restored[1]["config"], f"{out}: the checkpoint's config")
+        run_folder.record_changes(out, int(state["step"]), resume.changes(before, config))
+    run = _Run(config, manifest, datasets, manager, console, int(state["step"]), tokens_seen)
+    return run, state, make_train_step(config, optimizer, mesh)
 
 
 class _Datasets(NamedTuple):
@@ -98,48 +114,76 @@ class _Run:
         manager: Any,
         console: Console,
         start: int,
+        tokens_seen: int,
     ) -> None:
-        self.config, self.manifest, self.datasets, self.manager, self.start = config, manifest, datasets, manager, start
-        self.file = MetricsFile(Path(config.out).expanduser() / "metrics.jsonl", start)
+        self.config, self.manifest, self.datasets, self.manager = config, manifest, datasets, manager
+        self.start, self.tokens_before = start, tokens_seen
+        self.out = Path(config.out).expanduser()
+        with run_folder.written(self.out):
+            self.file = MetricsFile(self.out / "metrics.jsonl", start)
         self.progress = ProgressLine(console, start, config.train.steps, config.train.log_every)
         self.evaluate = make_eval_step(config)
         self.sharding = batch_sharding(jax.sharding.get_mesh())
-        self.read_at = time.monotonic()
+        self.read_at = self.saved_at = time.monotonic()
 
     def finish(self, state: TrainState, step_function: Any) -> None:
         """All remaining steps. Metrics are read one step late, so that the device never waits for the host."""
-        config, train = self.config, self.config.train
         rows = iterate(self.datasets.train, self.start)
-        pending: tuple[int, Any] | None = None
         try:
-            for step in range(self.start + 1, train.steps + 1):
-                batch = jax.device_put(next(rows), self.sharding)
-                state, metrics = step_function(state, batch)
-                self.read(pending)
-                pending = step, metrics
-                validates, saves = (
-                    step % every == 0 or step == train.steps for every in (train.eval_every, train.save_every)
-                )
-                if validates or saves:
-                    self.read(pending)
-                    pending = None
-                if validates:
-                    self.validate(step, state)
-                if saves:
-                    checkpoint.save(
-                        self.manager,
-                        state,
-                        config,
-                        manifest=self.manifest.hash,
-                        tokenizer=self.manifest.tokenizer_fingerprint,
-                    )
-                if validates or saves:
-                    self.read_at = time.monotonic()
-            self.manager.wait_until_finished()
+            with noting_sigterm() as stop_after:
+                self.run_steps(state, step_function, rows, stop_after)
+            checkpoint.finish_saving(self.manager)
         finally:
             self.progress.close()
-            self.file.close()
             rows.close()
+            with run_folder.written(self.out):
+                self.file.close()
+
+    def run_steps(self, state: TrainState, step_function: Any, rows: Any, stop_after: Callable[[int], bool]) -> None:
+        train = self.config.train
+        pending: tuple[int, Any] | None = None
+        for step in range(self.start + 1, train.steps + 1):
+            batch = jax.device_put(next(rows), self.sharding)
+            state, metrics = step_function(state, batch)
+            self.read(pending)
+            pending = step, metrics
+            last, stopping = step == train.steps, stop_after(step)
+            validates = last or step % train.eval_every == 0
+            saves = last or stopping or step % train.save_every == 0 or self.save_is_overdue()
+            if validates or saves:
+                self.read(pending)
+                pending = None
+                loss = self.validate(step, state) if validates else None
+                if saves:
+                    self.save(step, state, loss)
+                self.read_at = time.monotonic()
+            if stopping and not last:
+                checkpoint.finish_saving(self.manager)
+                raise Stopped(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from it")
+
+    def save_is_overdue(self) -> bool:
+        """Whether save_minutes have passed. In a run of several processes, process 0 would have to decide this."""
+        minutes, now = self.config.train.save_minutes, time.monotonic()
+        self.saved_at = min(self.saved_at, now)  # a clock that went back must not put off the next save
+        return minutes is not None and now - self.saved_at >= 60 * minutes
+
+    def save(self, step: int, state: TrainState, valid_loss: float | None) -> None:
+        """Begins to save the state; valid_loss: its validation loss, if this step was validated."""
+        checkpoint.save(
+            self.manager,
+            state,
+            self.config,
+            manifest=self.manifest.hash,
+            tokenizer=self.manifest.tokenizer_fingerprint,
+            tokens_seen=self.tokens_seen(step),
+            valid_loss=valid_loss,
+        )
+        self.saved_at = time.monotonic()
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens trained on after a step, also where the batch size changed when the run was resumed."""
+        data = self.config.data
+        return self.tokens_before + (step - self.start) * data.batch_size * data.seq_len
 
     def read(self, pending: tuple[int, Any] | None) -> None:
         """Waits for the metrics of a step, writes and shows them. Raises UserError if training cannot go on."""
@@ -148,20 +192,24 @@ class _Run:
         step, metrics = pending
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
-        seconds, self.read_at = now - self.read_at, now
+        seconds, self.read_at = max(now - self.read_at, 1e-6), now  # whatever the clock does
         tokens = self.config.data.batch_size * self.config.data.seq_len
         record: Record = {
             "step": step,
             **values,
-            "tokens_seen": step * tokens,
+            "tokens_seen": self.tokens_seen(step),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
         }
-        self.file.write(record)
+        self.write(record)
         refuse_to_go_on(self.config, values, step, self.manager.latest_step())
         self.progress.update(record)
 
-    def validate(self, step: int, state: TrainState) -> None:
+    def write(self, record: Record) -> None:
+        with run_folder.written(self.out / "metrics.jsonl"):
+            self.file.write(record)
+
+    def validate(self, step: int, state: TrainState) -> float:
         """Mean loss over the first validation batches, always the same ones, with the m and b of the model config."""
         dataset = self.datasets.valid
         total, count = 0.0, 0
@@ -175,68 +223,67 @@ class _Run:
                 "lower optimizer.learning_rate or change the seed in a new `out`"
             )
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        tokens_seen = step * self.config.data.batch_size * self.config.data.seq_len
-        self.file.write({"step": step, "valid_loss": loss, "valid_perplexity": perplexity, "tokens_seen": tokens_seen})
+        told = {"valid_loss": loss, "valid_perplexity": perplexity, "tokens_seen": self.tokens_seen(step)}
+        self.write({"step": step, **told})
         self.progress.say(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}")
+        return loss
 
 
-def _refuse_another_run(config: RunConfig, out: Path) -> None:
-    """Raises UserError if the folder holds the beginnings of a run with another configuration."""
-    path = out / "config.json"
-    if not read_metrics(out / "metrics.jsonl"):
-        return  # it never made a step
-    try:
-        other = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{out} holds a run, but its config.json cannot be read; put it back, or choose another `out`"
-        ) from error
-    _refuse_differences(config, other, f"{out} holds another run")
+def _check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) -> None:
+    """Shows what the config changes in the run that the folder holds; raises UserError if that is not allowed.
 
-
-def _claim_folder(config: RunConfig, out: Path) -> None:
-    """Makes the run's folder with config.json and the tokenizer."""
-    contents = {"config.json": (json.dumps(config_json(config), indent=1) + "\n").encode()}
-    try:
-        contents |= {path.name: path.read_bytes() for path in tokenizer_files(config.data.folder)}
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            (out / f"{name}.partial").write_bytes(content)
-            os.replace(out / f"{name}.partial", out / name)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out} cannot be written: {error.strerror}; mend it, or choose another `out`"
-        ) from error
+    Looks at the newest checkpoint, or, before the first one, at config.json; before the first step anything goes.
+    """
+    meta = checkpoint.newest_meta(out / "checkpoints")
+    if meta is not None:
+        where, tree = f"{out}: its checkpoint of step {meta['step']}", meta["config"]
+    elif read_metrics(out / "metrics.jsonl"):
+        where = f"{out}: the run in it"
+        try:
+            tree = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{out} holds a run, but its config.json cannot be read; put it back, or choose another `out`"
+            ) from error
+    else:
+        return
+    found = resume.changes(resume.read_config(tree, where), config)
+    for change in found:
+        say(f"changed since then: {change}")
+    resume.check_changes(found, config.allow_changes, f"{where} has")
+    if meta is not None and meta["step"] > config.train.steps:
+        raise UserError(f"{where} is past train.steps={config.train.steps}; raise that, or choose another `out`")
 
 
 def _check_same_run(config: RunConfig, manifest: Manifest, meta: dict[str, Any]) -> None:
     """Raises UserError if a checkpoint belongs to another configuration, tokenizer or data set."""
-    where = f"checkpoint of step {meta['step']} in {config.out}"
+    where = f"the checkpoint of step {meta['step']} in {config.out}"
     if meta["tokenizer"] != manifest.tokenizer_fingerprint:
         raise UserError(
-            f"the {where} was trained with another tokenizer than the one in {config.data.folder}; "
+            f"{where} was trained with another tokenizer than the one in {config.data.folder}; "
             "restore that data folder, or choose another `out`"
         )
-    if meta["manifest"] != manifest.hash:
+    if meta["manifest"] != manifest.hash and not resume.allows_other_data(config.allow_changes):
         raise UserError(
-            f"the {where} was trained on other data than {config.data.folder} now holds; "
-            "restore that data folder, or choose another `out`"
+            f"{where} was trained on other data than {config.data.folder} now holds; restore that data folder, choose "
+            'another `out`, or go on all the same with "allow_changes=[data.sources]"'
         )
-    _refuse_differences(config, meta["config"], f"the {where} has another config")
+    before = resume.read_config(meta["config"], where)
+    resume.check_changes(resume.changes(before, config), config.allow_changes, f"{where} has")
 
 
-def _refuse_differences(config: RunConfig, other: dict[str, Any], what: str) -> None:
-    mine, theirs = (traverse_util.flatten_dict(tree, sep=".") for tree in (config_json(config), other))
-    fields = [field for field in mine | theirs if mine.get(field) != theirs.get(field) and not field.startswith(_FREE)]
-    if fields:
-        shown = "; ".join(f"{field} is {theirs.get(field)!r} there, {mine.get(field)!r} here" for field in fields[:4])
-        more = f" (and {len(fields) - 4} more)" if len(fields) > 4 else ""
-        raise UserError(f"{what}: {shown}{more}; choose another `out`, or undo the change")
+def _tokens_seen(meta: dict[str, Any]) -> int:
+    """Of a checkpoint; the oldest do not say, and their runs never changed the batch size."""
+    if meta.get("tokens_seen") is not None:
+        return meta["tokens_seen"]
+    data = meta["config"]["data"]
+    return meta["step"] * data["batch_size"] * data["seq_len"]
 
 
 def _summarise(config: RunConfig, out: Path, say: Callable[[str], None]) -> None:
     records = read_metrics(out / "metrics.jsonl")
-    draw_loss_curve(records, config.model.vocab_size, out / "loss.png")
+    with run_folder.written(out / "loss.png"):
+        draw_loss_curve(records, config.model.vocab_size, out / "loss.png")
     say(f"done: {config.train.steps} steps of {config.data.batch_size * config.data.seq_len:,} tokens")
     last = [r for r in records if r["step"] == config.train.steps and r.get("valid_loss") is not None]
     if last:  # absent where somebody cut metrics.jsonl

@@ -1,0 +1,98 @@
+"""The folder of a run: who holds it, what is written into it beside checkpoints and metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import jax
+
+from lckv_jax.config import RunConfig, config_json
+from lckv_jax.data.tokenizer import tokenizer_files
+from lckv_jax.errors import UserError
+from lckv_jax.train.resume import Change
+
+
+@contextlib.contextmanager
+def held(out: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Makes the folder and holds it for this run; the system lets go of it however the process ends.
+
+    A folder that is still empty in the end is removed. Raises UserError if another run holds it, or if it cannot be
+    written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    path = out / "run.lock"
+    while True:
+        with written(out):
+            out.mkdir(parents=True, exist_ok=True)
+            lock = path.open("a+", encoding="utf-8")
+        with lock:
+            _lock(lock, out, say)
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))):
+                continue  # a run that has just ended removed it
+            with written(path):
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                lock.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                if not any(out.iterdir()):
+                    out.rmdir()
+            return
+
+
+def _lock(lock: IO[str], out: Path, say: Callable[[str], object]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read() or "another process"
+        raise UserError(f"{out} is being trained by {holder}; wait until it ends, or choose another `out`") from error
+    except OSError as error:  # some network file systems have no locks
+        say(f"{out}: cannot be locked ({error.strerror}); see to it that no second run uses it")
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What the system has against writing `path` becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{error.filename or path} cannot be written: {reason}; mend that and run the same command again (it goes "
+            "on from the last checkpoint), or choose another `out`"
+        ) from error
+
+
+def claim(config: RunConfig, out: Path) -> None:
+    """Writes config.json and the tokenizer, each whole or not at all."""
+    contents = {"config.json": (json.dumps(config_json(config), indent=1) + "\n").encode()}
+    with written(out):
+        contents |= {path.name: path.read_bytes() for path in tokenizer_files(config.data.folder)}
+        for name, content in contents.items():
+            (out / f"{name}.partial").write_bytes(content)
+            os.replace(out / f"{name}.partial", out / name)
+
+
+def record_changes(out: Path, step: int, found: Sequence[Change]) -> None:
+    """Appends to changes.jsonl from which step on which fields have other values; a repetition is left out."""
+    if not found:
+        return
+    line = json.dumps({"step": step, "changes": {change.field: [change.before, change.after] for change in found}})
+    path = out / "changes.jsonl"
+    with written(path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if line not in lines[-1:]:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
