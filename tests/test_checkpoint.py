@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import resource
 import shutil
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from lckv_jax.checkpoint import load, open_checkpoints, restore, save
+from lckv_jax.checkpoint import load, newest_meta, open_checkpoints, restore, save
 from lckv_jax.config import RunConfig, build_config
 from lckv_jax.errors import UserError
 
@@ -102,26 +101,94 @@ def test_buffers_may_be_donated_while_the_save_is_in_flight(tmp_path):
     assert_same_state(restore_lines(tmp_path)[0], make_state(3))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what orbax leaves behind
-def test_a_write_that_fails_in_the_background_is_raised(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ballast = jnp.asarray(np.random.default_rng(0).random((1000, 1000)))
+WRITE_THAT_FAILS = """
+import errno, os, resource, sys
+import jax.numpy as jnp, numpy as np
+from test_checkpoint import CONFIG, make_state
+from lckv_jax.checkpoint import finish_saving, open_checkpoints, save
+from lckv_jax.errors import UserError
+
+ballast = jnp.asarray(np.random.default_rng(0).random((1000, 1000)))
+def attempt(moment):
+    with open_checkpoints(sys.argv[1], 2) as manager:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))  # as if the disk were full
+        save(manager, make_state(2) | {"ballast": ballast}, CONFIG)
+        if moment == "wait":
+            finish_saving(manager)
+        if moment == "save":
+            save(manager, make_state(3), CONFIG)
+
+with open_checkpoints(sys.argv[1], 2) as manager:
+    save(manager, make_state(1), CONFIG)
+for moment in ("wait", "save", "close"):
+    try:
+        attempt(moment)
+    except UserError as error:
+        print(moment, error)
+"""
+
+
+def test_a_write_that_fails_is_one_sentence_and_the_last_good_checkpoint_stays(tmp_path):
+    child = run_python(WRITE_THAT_FAILS, tmp_path / "run")
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (0, "")  # no pages of stacks
+    sentence = (
+        f"{tmp_path / 'run'}: a checkpoint could not be written: File too large; the last good one is of step 1; "
+        "mend that and run the same command again"
+    )
+    assert out.splitlines() == [f"{moment} {sentence}" for moment in ("wait", "save", "close")]
+    state, _, lines = restore_lines(tmp_path / "run")
+    assert_same_state(state, make_state(1))
+    assert lines == [] and steps_in(tmp_path / "run") == [1]
+
+
+def test_an_error_that_is_not_the_systems_stays_what_it_is(tmp_path, monkeypatch):
     with open_checkpoints(tmp_path, 2) as manager:
-        save(manager, make_state(1), CONFIG)
-        manager.wait_until_finished()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # as if the disk were full
-        try:
-            save(manager, make_state(2) | {"ballast": ballast}, CONFIG)
-            with pytest.raises((ValueError, OSError), match="File too large"):
-                manager.wait_until_finished()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert restore_lines(tmp_path)[1]["step"] == 1
+
+        def fail(*arguments, **keywords):
+            raise TypeError("a bug")
+
+        monkeypatch.setattr(manager, "save", fail)
+        with pytest.raises(TypeError, match="a bug"):
+            save(manager, make_state(1), CONFIG)
 
 
 def test_retention_keeps_the_newest(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4, keep=2)
     assert steps_in(tmp_path) == [3, 4]
+
+
+def test_retention_keeps_the_best_across_restarts(tmp_path):
+    """The losses of an earlier process are read from the metadata; NaN is never best, nor is a damaged step."""
+    losses = {1: 0.5, 2: 0.2, 3: float("nan"), 4: 3.0, 5: None, 6: 0.4, 7: 9.0}
+    held = []
+    for step, loss in losses.items():
+        with open_checkpoints(tmp_path, 2, 1) as manager:
+            save(manager, make_state(step), CONFIG, manifest="hash of shards", valid_loss=loss)
+        held.append(steps_in(tmp_path))
+    assert held == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6], [2, 6, 7]]
+    falsify(tmp_path / "2")
+    with open_checkpoints(tmp_path, 2, 1) as manager:
+        save(manager, make_state(8), CONFIG, valid_loss=8.0)
+    assert steps_in(tmp_path) == [6, 7, 8]
+    assert restore_lines(tmp_path)[1]["valid_loss"] == 8.0
+
+
+def test_retention_in_one_process(tmp_path):
+    with open_checkpoints(tmp_path, 1, 2) as manager:
+        for step, loss in ((1, 0.5), (2, 0.2), (3, float("inf")), (4, 0.3), (5, 0.9)):
+            save(manager, make_state(step), CONFIG, valid_loss=loss)
+    assert steps_in(tmp_path) == [2, 4, 5]
+
+
+def test_newest_meta(tmp_path):
+    assert newest_meta(tmp_path / "absent") is None
+    save_steps(tmp_path, 1, 2)
+    assert newest_meta(tmp_path)["step"] == 2
+    falsify(tmp_path / "2")
+    assert newest_meta(tmp_path)["step"] == 1
+    shutil.rmtree(tmp_path / "1" / "meta")
+    assert newest_meta(tmp_path) is None
 
 
 def test_a_step_that_orbax_would_skip_in_silence_is_an_error(tmp_path):
@@ -333,7 +400,9 @@ with open_checkpoints(folder, 5) as manager:
     assert bits(state) == bits(make_state(2))
 manager = open_checkpoints(folder, 5).__enter__()
 save(manager, make_state(9) | {"ballast": jax.numpy.asarray(np.random.default_rng(0).random((4000, 4000)))}, CONFIG)
-print("killed", flush=True)
+while not (left := list(folder.glob("*.orbax-checkpoint-tmp"))):
+    pass
+print("killed", left[0].name, flush=True)
 os._exit(9)
 """
 
@@ -356,8 +425,9 @@ def test_other_mesh_killed_save_and_a_quiet_terminal(tmp_path):
     assert told.startswith("checkpoints: step 3 is unusable: ")
     assert (gone_back, killed) == (
         f"checkpoints: going back to step 2; moved the unusable 3 to {tmp_path.name}.unusable/",
-        "killed",
+        "killed 9.orbax-checkpoint-tmp",
     )
+    assert (tmp_path / "9.orbax-checkpoint-tmp").exists()
     with open_checkpoints(tmp_path, 5) as manager:
         assert_same_state(restore(manager, abstract(make_state(0)))[0], make_state(2))
         save(manager, make_state(4), CONFIG)

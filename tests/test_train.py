@@ -1,7 +1,12 @@
 """`train` end to end on a tiny model: what it leaves behind, exact resume, refusals."""
 
+import errno
+import itertools
 import json
+import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +19,7 @@ from lckv_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from lckv_jax.errors import UserError
 from lckv_jax.train import loop
 from lckv_jax.train.loop import train
-from lckv_jax.train.metrics import read_metrics
+from lckv_jax.train.metrics import MetricsFile, read_metrics
 
 
 class Killed(Exception):
@@ -221,3 +226,92 @@ def test_other_settings_train(tiny_config, tmp_path, overrides):
     train(load_config(tiny_config, ["train.steps=40", *overrides]))
     losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_finished_run_goes_on_with_more_steps_if_that_is_allowed(finished_config, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"train\.steps 6 -> 8"):
+        train(load_config(finished_config, ["train.steps=8"]))
+    overrides = ["train.steps=8", "data.batch_size=2", "train.log_every=1"]
+    train(load_config(finished_config, [*overrides, "allow_changes=[train.steps,data.batch_size]"]))
+    printed = capsys.readouterr().out
+    for line in (
+        "changed since then: train.steps: 6 -> 8 (changes the mathematics)",
+        "changed since then: train.log_every: 2 -> 1",
+        "done: 8 steps",
+    ):
+        assert f"{line}\n" in printed or line in printed
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert [r["tokens_seen"] for r in records[-3:]] == [6 * 4 * 32, 6 * 4 * 32 + 2 * 32, 6 * 4 * 32 + 4 * 32]
+    recorded = json.loads((tmp_path / "run" / "changes.jsonl").read_text())
+    assert recorded["step"] == 6 and recorded["changes"]["train.steps"] == [6, 8]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 8
+    train(load_config(finished_config, overrides))  # the change is the run's own now
+    with pytest.raises(UserError, match=r"checkpoint of step 8 is past train.steps=6"):
+        train(load_config(finished_config, ["data.batch_size=2", "allow_changes=[train.steps]"]))
+
+
+def test_the_best_checkpoint_stays(tiny_config, tmp_path, monkeypatch):
+    losses = iter([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    monkeypatch.setattr(loop._Run, "validate", lambda run, step, state: next(losses))
+    train(load_config(tiny_config, ["train.eval_every=1", "train.save_every=1", "train.keep=1"]))
+    assert steps_saved(tmp_path) == [2, 6]
+
+
+def steps_saved(tmp_path):
+    return sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+class Clock:
+    """A monotonic clock that moves by the given seconds each time it is read."""
+
+    def __init__(self, *moves):
+        self.now, self.moves = 1000.0, itertools.cycle(moves)
+
+    def monotonic(self):
+        self.now += next(self.moves)
+        return self.now
+
+
+def test_saves_by_the_clock(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "time", Clock(20))  # read several times a step
+    train(load_config(tiny_config, ["train.save_every=100", "train.save_minutes=1", "train.keep=9"]))
+    assert len(steps_saved(tmp_path)) >= 3
+
+
+@pytest.mark.parametrize("moves", [(0.0,), (-50.0,), (90.0, -5000.0, 100.0)])
+def test_a_clock_that_stands_or_goes_back(tiny_config, tmp_path, monkeypatch, moves):
+    monkeypatch.setattr(loop, "time", Clock(*moves))
+    train(load_config(tiny_config, ["train.save_every=3", "train.save_minutes=1", "train.keep=9"]))
+    assert {3, 6} <= set(steps_saved(tmp_path))
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert all(math.isfinite(r["tokens_per_second"]) and r["tokens_per_second"] > 0 for r in records)
+    assert all(r["seconds"] >= 0 for r in records)
+
+
+def test_a_clock_that_went_back_does_not_put_off_the_next_save(tiny_config, monkeypatch):
+    run = loop._Run.__new__(loop._Run)
+    run.config, run.saved_at = load_config(tiny_config, ["train.save_minutes=1"]), 10_000.0
+    overdue = []
+    for now in (10_030.0, 500.0, 530.0, 561.0):
+        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        overdue.append(run.save_is_overdue())
+    assert overdue == [False, False, False, True]
+
+
+def refuse_to_write(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "file"),
+    [(MetricsFile, "write", "metrics.jsonl"), (loop, "draw_loss_curve", "loss.png"), (os, "replace", "run")],
+)
+def test_a_full_disk_ends_the_run_with_the_reason(finished_config, tmp_path, monkeypatch, owner, name, file):
+    config = load_config(finished_config, ["train.steps=8", "allow_changes=[train.steps]"])
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refuse_to_write)
+        with pytest.raises(UserError, match=f"{file} cannot be written: No space left on device; .* last checkpoint"):
+            train(config)
+    assert checkpoint.load(tmp_path / "run")[0]
+    train(config)
+    assert steps_saved(tmp_path)[-1] == 8

@@ -117,8 +117,8 @@ def check_allowed_names(allowed: Sequence[str]) -> None:
         if name not in known:
             last = name.rsplit(".", 1)[-1]
             near = [field for field in known if field.rsplit(".", 1)[-1] == last]
-            near = near or difflib.get_close_matches(name, known, 3, 0.5)
             near = near or [field for field in known if field.startswith(f"{name}.")][:3]
+            near = near or difflib.get_close_matches(name, known, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "write section.field, such as train.steps"
             raise UserError(f"allow_changes: {name!r} is no field of a config; {hint}")
 
