@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from lckv_jax.config import RunConfig, build_config, config_json
 from lckv_jax.errors import UserError
 from lckv_jax.fingerprint import describe_leaves, leaves_by_path
-from lckv_jax.orbax_noise import quieten_orbax, reading_quietly, system_reason
+from lckv_jax.orbax_noise import draining_loops, quieten_orbax, reading_quietly, system_reason
 from lckv_jax.retention import Retention
 from lckv_jax.step_folder import (
     Meta,
@@ -69,11 +69,12 @@ def open_checkpoints(folder: str | Path, keep: int, keep_best: int = 0) -> Itera
             manager = ocp.CheckpointManager(where, options=options)
     except OSError as error:
         raise UserError(f"{where}: cannot hold checkpoints: {error.strerror or error}") from error
-    try:
-        yield manager
-    finally:
-        with _failures_told(manager):
-            manager.close()
+    with draining_loops():
+        try:
+            yield manager
+        finally:
+            with _failures_told(manager):
+                manager.close()
 
 
 def save(

@@ -48,17 +48,29 @@ def reading_quietly() -> Iterator[None]:
     logger.addFilter(is_foreign)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        policy = asyncio.get_event_loop_policy()
-        policy.new_event_loop = _DrainingLoop
         try:
-            yield
+            with draining_loops():
+                yield
         finally:
-            vars(policy).pop("new_event_loop", None)
             logger.removeFilter(is_foreign)
 
 
+@contextlib.contextmanager
+def draining_loops() -> Iterator[None]:
+    """Orbax, which works in event loops of its own, leaves none of them before its reads and writes have ended."""
+    policy = asyncio.get_event_loop_policy()
+    before = vars(policy).get("new_event_loop")
+    policy.new_event_loop = _DrainingLoop
+    try:
+        yield
+    finally:
+        del policy.new_event_loop
+        if before is not None:
+            policy.new_event_loop = before
+
+
 class _DrainingLoop(asyncio.SelectorEventLoop):
-    """Closes when its tasks are done. Orbax closes its loop at the first failed read, over the pending ones."""
+    """Closes when its tasks are done. Orbax closes its loop at the first failure, over what is still going on."""
 
     def close(self) -> None:
         async def drain(tasks: set[asyncio.Task]) -> None:
