@@ -88,7 +88,7 @@ def test_resume_is_bit_identical(tiny_config, tmp_path, monkeypatch, capsys):
     for one, other in zip(
         *(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken")), strict=True
     ):
-        for clock in ("seconds", "tokens_per_second"):
+        for clock in ("seconds", "tokens_per_second", "data_wait", "device_flops_per_second"):
             one.pop(clock, None)
             other.pop(clock, None)
         assert one == other
@@ -315,3 +315,30 @@ def test_a_full_disk_ends_the_run_with_the_reason(finished_config, tmp_path, mon
     assert checkpoint.load(tmp_path / "run")[0]
     train(config)
     assert steps_saved(tmp_path)[-1] == 8
+
+
+def test_what_a_run_tells_beside_its_losses(tiny_config, tmp_path, monkeypatch, capsys):
+    """TensorBoard, a profile, MFU and a summary, over a kill and a resume inside the profiler window."""
+    asked = ["metrics.tensorboard=true", "metrics.peak_flops=1.0e12", "metrics.profile=[4, 5]"]
+    with monkeypatch.context() as patch:
+        killed_at(patch, 4)  # step 5, after the checkpoint of step 4
+        with pytest.raises(Killed):
+            train(load_config(tiny_config, asked))
+    train(load_config(tiny_config, asked))
+    out = tmp_path / "run"
+    records = [record for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    for record in records:
+        assert 0 < record["mfu"] < record["hfu"] and record["data_wait"] >= 0
+    assert len(list((out / "tensorboard").iterdir())) == 2
+    assert len(list((out / "profile").rglob("*.xplane.pb"))) == 2
+    printed = capsys.readouterr().out
+    for said in (
+        "profiler trace from step 4 to where",
+        "trace from step 5 to 5",
+        "MFU",
+        "compile",
+        "evaluation",
+        "mfu ",
+    ):
+        assert said in printed

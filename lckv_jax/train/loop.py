@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lckv_jax import checkpoint
@@ -18,15 +19,21 @@ from lckv_jax.config import RunConfig
 from lckv_jax.data.batches import batches, iterate
 from lckv_jax.data.prepare import Manifest, prepare
 from lckv_jax.errors import Stopped, UserError
+from lckv_jax.model.kernels import bias_bytes, choose_backend
 from lckv_jax.model.transformer import check_dtype
 from lckv_jax.parallel.mesh import batch_sharding, check_sizes, make_mesh, replicated_dims
 from lckv_jax.train import resume, run_folder
-from lckv_jax.train.metrics import MetricsFile, ProgressLine, Record, draw_loss_curve, read_metrics
+from lckv_jax.train.clock import Clock
+from lckv_jax.train.metrics import ProgressLine, Record, draw_loss_curve, read_metrics
+from lckv_jax.train.mfu import peak_flops, utilisation
 from lckv_jax.train.optimizer import make_optimizer
+from lckv_jax.train.profiler import Profiler
 from lckv_jax.train.signals import noting_sigterm, stopping_at_once
 from lckv_jax.train.spikes import refuse_to_go_on
 from lckv_jax.train.state import TrainState, abstract_state, evaluated_params, init_state
 from lckv_jax.train.step import make_eval_step, make_train_step
+from lckv_jax.train.summary import summary
+from lckv_jax.train.writers import check_writers, open_writers
 
 
 def train(config: RunConfig) -> None:
@@ -38,6 +45,7 @@ def train(config: RunConfig) -> None:
     Raises UserError for everything that the user can mend, and if the loss stops being finite; Stopped after SIGTERM,
     when the last step is saved.
     """
+    clock = Clock()
     console = Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     check_dtype(config.model)
@@ -46,6 +54,10 @@ def train(config: RunConfig) -> None:
     check_sizes(config.model, config.data.batch_size, mesh)
     if replicated_dims(config.model, mesh):
         say(f"mesh: {config.model.num_kv_heads} K/V heads are not split over tensor={mesh.shape['tensor']}")
+    _say_kernel(config, mesh, say)
+    check_writers(config.metrics)
+    device = mesh.devices.flat[0]
+    peak = peak_flops(config, device.device_kind, device.platform)
     out = Path(config.out).expanduser()
     with stopping_at_once(), run_folder.held(out, say):
         _check_resumable(config, out, say)
@@ -53,13 +65,30 @@ def train(config: RunConfig) -> None:
         datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
         keep, keep_best = config.train.keep, config.train.keep_best
         with jax.set_mesh(mesh), checkpoint.open_checkpoints(out / "checkpoints", keep, keep_best) as manager:
-            run, state, step_function = _start(config, manifest, datasets, manager, console)
+            run, state, step_function = _start(config, manifest, datasets, manager, console, clock, peak)
             run.finish(state, step_function)
-        _summarise(config, out, say)
+        _summarise(config, out, clock, run.start, say)
+
+
+def _say_kernel(config: RunConfig, mesh: Mesh, say: Callable[[str], None]) -> None:
+    """Prints which attention kernel runs and why; raises UserError if the one asked for cannot."""
+    data = config.data
+    backend, reason = choose_backend(config.model, seq_len=data.seq_len)
+    say(reason)
+    if backend == "cudnn" and data.packing == "masked":
+        rows = data.batch_size // (config.train.accumulation * mesh.shape["data"] * mesh.shape["fsdp"])
+        size = bias_bytes(config.model, rows, data.seq_len) / 2**20
+        say(f"attention: masks of packed documents take {size:,.0f} MiB a device; data.packing=joined needs none")
 
 
 def _start(
-    config: RunConfig, manifest: Manifest, datasets: _Datasets, manager: Any, console: Console
+    config: RunConfig,
+    manifest: Manifest,
+    datasets: _Datasets,
+    manager: Any,
+    console: Console,
+    clock: Clock,
+    peak: float | None,
 ) -> tuple[_Run, TrainState, Any]:
     """The run, its state and its jitted step, restored if there is a checkpoint; only then is the folder claimed."""
     out, mesh = Path(config.out).expanduser(), jax.sharding.get_mesh()
@@ -80,7 +109,7 @@ def _start(
     if restored is not None:
         before = resume.read_config(restored[1]["config"], f"{out}: the checkpoint's config")
         run_folder.record_changes(out, int(state["step"]), resume.changes(before, config))
-    run = _Run(config, manifest, datasets, manager, console, int(state["step"]), tokens_seen)
+    run = _Run(config, manifest, datasets, manager, console, int(state["step"]), tokens_seen, clock, peak)
     return run, state, make_train_step(config, optimizer, mesh)
 
 
@@ -115,15 +144,20 @@ class _Run:
         console: Console,
         start: int,
         tokens_seen: int,
+        clock: Clock,
+        peak: float | None,
     ) -> None:
         self.config, self.manifest, self.datasets, self.manager = config, manifest, datasets, manager
         self.start, self.tokens_before = start, tokens_seen
+        self.clock, self.peak = clock, peak
         self.out = Path(config.out).expanduser()
         with run_folder.written(self.out):
-            self.file = MetricsFile(self.out / "metrics.jsonl", start)
+            self.writers = open_writers(config, self.out, start)
         self.progress = ProgressLine(console, start, config.train.steps, config.train.log_every)
+        self.profiler = Profiler(config.metrics.profile, self.out / "profile", self.progress.say)
         self.evaluate = make_eval_step(config)
-        self.sharding = batch_sharding(jax.sharding.get_mesh())
+        mesh = jax.sharding.get_mesh()
+        self.sharding, self.devices = batch_sharding(mesh), mesh.size
         self.read_at = self.saved_at = time.monotonic()
 
     def finish(self, state: TrainState, step_function: Any) -> None:
@@ -133,29 +167,38 @@ class _Run:
             with noting_sigterm() as stop_after:
                 self.run_steps(state, step_function, rows, stop_after)
             checkpoint.finish_saving(self.manager)
+            self.clock.lap("checkpoint")
         finally:
             self.progress.close()
             rows.close()
             with run_folder.written(self.out):
-                self.file.close()
+                self.profiler.close()
+                self.writers.close()
 
     def run_steps(self, state: TrainState, step_function: Any, rows: Any, stop_after: Callable[[int], bool]) -> None:
         train = self.config.train
-        pending: tuple[int, Any] | None = None
+        pending: tuple[int, float, Any] | None = None
+        self.clock.lap("start")
         for step in range(self.start + 1, train.steps + 1):
             batch = jax.device_put(next(rows), self.sharding)
-            state, metrics = step_function(state, batch)
+            wait = self.clock.lap("data")
+            with run_folder.written(self.out):
+                state, metrics = self.profiler.run(step, step_function, state, batch)
             self.read(pending)
-            pending = step, metrics
+            self.clock.lap("compile" if step == self.start + 1 else "step")
+            pending = step, wait, metrics
             last, stopping = step == train.steps, stop_after(step)
             validates = last or step % train.eval_every == 0
             saves = last or stopping or step % train.save_every == 0 or self.save_is_overdue()
             if validates or saves:
                 self.read(pending)
+                self.clock.lap("step")
                 pending = None
                 loss = self.validate(step, state) if validates else None
+                self.clock.lap("evaluation")
                 if saves:
                     self.save(step, state, loss)
+                self.clock.lap("checkpoint")
                 self.read_at = time.monotonic()
             if stopping and not last:
                 checkpoint.finish_saving(self.manager)
@@ -185,21 +228,23 @@ class _Run:
         data = self.config.data
         return self.tokens_before + (step - self.start) * data.batch_size * data.seq_len
 
-    def read(self, pending: tuple[int, Any] | None) -> None:
+    def read(self, pending: tuple[int, float, Any] | None) -> None:
         """Waits for the metrics of a step, writes and shows them. Raises UserError if training cannot go on."""
         if pending is None:
             return
-        step, metrics = pending
+        step, wait, metrics = pending
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self.read_at = max(now - self.read_at, 1e-6), now  # whatever the clock does
-        tokens = self.config.data.batch_size * self.config.data.seq_len
+        speed = self.config.data.batch_size * self.config.data.seq_len / seconds
         record: Record = {
             "step": step,
             **values,
             "tokens_seen": self.tokens_seen(step),
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "data_wait": round(wait, 4),
+            "tokens_per_second": round(speed, 1),
+            **utilisation(self.config, values["passes"], speed, self.devices, self.peak),
         }
         self.write(record)
         refuse_to_go_on(self.config, values, step, self.manager.latest_step())
@@ -207,7 +252,7 @@ class _Run:
 
     def write(self, record: Record) -> None:
         with run_folder.written(self.out / "metrics.jsonl"):
-            self.file.write(record)
+            self.writers.write(record)
 
     def validate(self, step: int, state: TrainState) -> float:
         """Mean loss over the first validation batches, always the same ones, with the m and b of the model config."""
@@ -280,14 +325,10 @@ def _tokens_seen(meta: dict[str, Any]) -> int:
     return meta["step"] * data["batch_size"] * data["seq_len"]
 
 
-def _summarise(config: RunConfig, out: Path, say: Callable[[str], None]) -> None:
-    records = read_metrics(out / "metrics.jsonl")
-    with run_folder.written(out / "loss.png"):
-        draw_loss_curve(records, config.model.vocab_size, out / "loss.png")
-    say(f"done: {config.train.steps} steps of {config.data.batch_size * config.data.seq_len:,} tokens")
-    last = [r for r in records if r["step"] == config.train.steps and r.get("valid_loss") is not None]
-    if last:  # absent where somebody cut metrics.jsonl
-        loss, perplexity = last[-1]["valid_loss"], last[-1]["valid_perplexity"]
-        untrained = math.log(config.model.vocab_size)
-        say(f"validation loss {loss:.4f} (ln(V) is {untrained:.2f}), perplexity {perplexity:,.1f}")
-    say(f"checkpoint {out / 'checkpoints' / str(config.train.steps)}, loss curve {out / 'loss.png'}")
+def _summarise(config: RunConfig, out: Path, clock: Clock, start: int, say: Callable[[str], None]) -> None:
+    records, curve, steps = read_metrics(out / "metrics.jsonl"), out / "loss.png", config.train.steps
+    with run_folder.written(curve):
+        draw_loss_curve(records, config.model.vocab_size, curve)
+    last = out / "checkpoints" / str(steps)
+    for line in summary(config, records, clock.seconds, start=start, stop=steps, checkpoint=last, curve=curve):
+        say(line)

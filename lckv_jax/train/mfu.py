@@ -54,22 +54,21 @@ _BFLOAT16_TFLOPS: dict[str, float] = {
 
 
 def peak_flops(config: RunConfig, device_kind: str, platform: str) -> float | None:
-    """FLOP/s that one device can make at most in the compute dtype; None where no MFU is wanted, or on a CPU.
+    """FLOP/s that one device can make at most in the compute dtype; None where there is no MFU to tell.
 
-    `metrics.peak_flops` decides; without it the device must be a known one and the compute dtype bfloat16: what a
-    float32 product costs depends on the precision that it is given. Raises UserError otherwise, instead of guessing.
+    `metrics.peak_flops` decides. Without it there is none on a CPU, and none in another dtype than bfloat16: what a
+    float32 product costs depends on the precision that it is given. Raises UserError for an unknown device, instead of
+    guessing.
     """
     given, dtype = config.metrics.peak_flops, config.model.dtype
     if given is not None:
         return given or None
     if platform == "cpu":
         return None
-    if dtype == "bfloat16" and device_kind in _BFLOAT16_TFLOPS:
-        return _BFLOAT16_TFLOPS[device_kind] * 1e12
-    mend = f"give metrics.peak_flops=... (FLOP/s of one device in {dtype}), or 0 for no MFU"
-    if device_kind in _BFLOAT16_TFLOPS:
-        raise UserError(f"the peak of {device_kind!r} is known in bfloat16 only: set model.dtype=bfloat16, or {mend}")
-    raise UserError(f"the peak of device {device_kind!r} is not known: {mend}")
+    if device_kind not in _BFLOAT16_TFLOPS:
+        mend = f"give metrics.peak_flops=... (FLOP/s of one device in {dtype}), or 0 for no MFU"
+        raise UserError(f"the peak of device {device_kind!r} is not known: {mend}")
+    return _BFLOAT16_TFLOPS[device_kind] * 1e12 if dtype == "bfloat16" else None
 
 
 def utilisation(
