@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from lckv_jax.config import ModelConfig
 from lckv_jax.model.attention import wider
 from lckv_jax.model.axes import constrain
 from lckv_jax.model.layers import Params
-from lckv_jax.model.transformer import head_matrix, hidden_states
+from lckv_jax.model.refine import Passes
+from lckv_jax.model.transformer import Hidden, head_matrix, hidden_states
 
 IGNORED = -100
 
@@ -52,12 +53,38 @@ def loss_sum(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The summed loss of a batch of arrays [B, T+1], and {count, nll, passes, residual}, which carry no gradient.
 
-    The shift by one happens here and only here: the model runs on columns 0..T-1 against the labels of columns 1..T.
+    The model runs on columns 0..T-1 against the labels of columns 1..T.
     count: labels that are not -100. nll: the sum without the z-loss term z_loss * logsumexp^2 (2204.02311, 5).
     chunk: positions of a row whose logits exist at once.
     """
-    T = batch["tokens"].shape[1] - 1
-    if T < 1:
+    hidden, labels_BT = _shifted(params, config, batch, no_grad_passes=no_grad_passes, grad_passes=grad_passes)
+    head = constrain(head_matrix(params, config), "DV")  # gathered once, not in every chunk
+    total, nll = _cross_entropy(hidden.x_BTD, head, labels_BT, _fitting(chunk, labels_BT), z_loss)
+    count = jnp.sum(labels_BT != IGNORED)
+    return total, {"count": count, "nll": nll, "passes": hidden.passes, "residual": hidden.residual}
+
+
+def token_nll(
+    params: Params, config: ModelConfig, batch: dict[str, jax.Array], *, passes: Passes, chunk: int = 256
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """-log p of every label in columns 1..T of a batch of arrays [B, T+1], and {passes, residual} of each row.
+
+    The first is [B, T] in float32 or wider, 0 where the label is -100. passes: see `refine.stop_rule`. For inference:
+    carries no gradient. chunk: positions of a row whose logits exist at once.
+    """
+    hidden, labels_BT = _shifted(params, config, batch, passes=passes)
+    head = constrain(head_matrix(params, config), "DV")
+    xs = _chunks(hidden.x_BTD, labels_BT, _fitting(chunk, labels_BT))
+    nll = jax.lax.map(lambda xs: _chunk_logits(*xs, head).nll_BT, xs)  # [chunks, B, chunk]
+    nll_BT = nll.swapaxes(0, 1).reshape(labels_BT.shape[0], -1)[:, : labels_BT.shape[1]]
+    return nll_BT, {"passes": hidden.passes, "residual": hidden.residual}
+
+
+def _shifted(
+    params: Params, config: ModelConfig, batch: dict[str, jax.Array], **passes: Any
+) -> tuple[Hidden, jax.Array]:
+    """What the model makes of columns 0..T-1, and the labels of columns 1..T: the shift by one happens only here."""
+    if batch["tokens"].shape[1] < 2:
         raise ValueError("the loss needs rows of at least 2 tokens: there is no next token in a row of 1")
     hidden = hidden_states(
         params,
@@ -65,19 +92,17 @@ def loss_sum(
         batch["tokens"][:, :-1],
         segment_ids_BT=_without_last(batch.get("segment_ids")),
         positions_BT=_without_last(batch.get("positions")),
-        no_grad_passes=no_grad_passes,
-        grad_passes=grad_passes,
+        **passes,
     )
-    labels_BT = batch["labels"][:, 1:]
-    chunk = min(chunk, -(-T // 2))  # at least two chunks: never all logits at once
-    head = constrain(head_matrix(params, config), "DV")  # gathered once, not in every chunk
-    total, nll = _cross_entropy(hidden.x_BTD, head, labels_BT, chunk, z_loss)
-    count = jnp.sum(labels_BT != IGNORED)
-    return total, {"count": count, "nll": nll, "passes": hidden.passes, "residual": hidden.residual}
+    return hidden, batch["labels"][:, 1:]
 
 
 def _without_last(x_BT: jax.Array | None) -> jax.Array | None:
     return None if x_BT is None else x_BT[:, :-1]
+
+
+def _fitting(chunk: int, labels_BT: jax.Array) -> int:
+    return min(chunk, -(-labels_BT.shape[1] // 2))  # at least two chunks: never all logits at once
 
 
 def _chunked_cross_entropy(
@@ -94,16 +119,31 @@ def _chunked_cross_entropy(
     return jax.lax.scan(step, (zero, zero), _chunks(x_BTD, labels_BT, chunk))[0]
 
 
-def _chunk_loss(
-    x_BTD: jax.Array, labels_BT: jax.Array, head_DV: jax.Array, z_loss: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Summed loss with and without z-loss over one chunk, and the gradient of the first for its logits [B, T, V]."""
+class _Logits(NamedTuple):
+    """The logits of one chunk, where its labels are, which labels count, log-sum-exp and -log p (0: not counted)."""
+
+    logits_BTV: jax.Array
+    label_BTV: jax.Array
+    valid_BT: jax.Array
+    normalizer_BT: jax.Array
+    nll_BT: jax.Array
+
+
+def _chunk_logits(x_BTD: jax.Array, labels_BT: jax.Array, head_DV: jax.Array) -> _Logits:
     wide = wider(x_BTD.dtype)
     logits = constrain(jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=wide), "BTV")
     label = labels_BT[:, :, None] == jnp.arange(head_DV.shape[1])[None, None, :]
     valid = (labels_BT != IGNORED).astype(wide)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     nll = valid * (normalizer - jnp.sum(jnp.where(label, logits, 0.0), axis=-1))
+    return _Logits(logits, label, valid, normalizer, nll)
+
+
+def _chunk_loss(
+    x_BTD: jax.Array, labels_BT: jax.Array, head_DV: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Summed loss with and without z-loss over one chunk, and the gradient of the first for its logits [B, T, V]."""
+    logits, label, valid, normalizer, nll = _chunk_logits(x_BTD, labels_BT, head_DV)
     z_term = z_loss * valid * jnp.square(normalizer)
     probabilities = jnp.exp(logits - normalizer[:, :, None])
     grad = probabilities * (1.0 + 2.0 * z_loss * normalizer)[:, :, None] - label

@@ -1,10 +1,13 @@
-"""The m + b passes over a cyclic span: parallel training of layers that read a layer above themselves.
+"""The passes over a cyclic span: layers that read a layer above themselves, for all tokens at once.
 
-2405.10637 section 2.2: every pass reads the K,V that the pass before produced; the first m passes carry no gradient.
+2405.10637 section 2.2: every pass reads the K,V that the pass before produced. In training (`solve_span`) there are m
+without and b with gradient; at inference (`solve_rows`) each row passes until it is solved.
 """
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,20 +15,33 @@ import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
+from lckv_jax.errors import UserError
 from lckv_jax.model.attention import wider
 from lckv_jax.model.layers import KV, Context, Params, Stack, project_kv, run_layers, take_stack
 from lckv_jax.sharing import Run, Span
 
 Slots = dict[int, KV]  # K,V by the layer that owns them
+Passes = str | float  # at inference: `trained`, `exact` or a tolerance, see `stop_rule`
 
 
 class Solved(NamedTuple):
-    """A span's output, its owners' K,V of the last pass, the passes used, and the last pass' relative K,V change."""
+    """A span's output, its owners' K,V of the last pass, the passes used, and the last pass' relative K,V change.
+
+    passes, residual: scalars in training; [B] at inference, where each row has its own (scalars if nothing is cyclic).
+    """
 
     x_BTD: jax.Array
     slots: Slots
     passes: jax.Array
     residual: jax.Array
+
+
+class Stop(NamedTuple):
+    """When a row has passed often enough: at a relative K,V change of at most `tolerance` (negative: at none), or after
+    `limit` passes (None: as many as its longest document has tokens)."""
+
+    tolerance: float
+    limit: int | None
 
 
 class Inputs(NamedTuple):
@@ -61,7 +77,71 @@ def solve_span(
         read = _kv_pass(config, span, inputs, read, context)
     x, own = _last_pass(config, span, inputs, read, context)
     residual = largest_change({owner: own[owner] for owner in config.sharing.upward_sources(span)}, read, context)
-    return Solved(x, own, passes + grad_passes, residual)
+    return Solved(x, own, passes + grad_passes, residual.max())
+
+
+def stop_rule(config: ModelConfig, passes: Passes) -> Stop:
+    """What `passes` means for this model at inference.
+
+    `trained`: m + b passes. `exact`: until no single token's K or V changes by more than 8 eps of the compute dtype,
+    relatively: 9.5e-7 in float32, but 0.0625 in bfloat16, where a smaller tolerance may be asked for. A number: the
+    same test with that tolerance; 0: no test. But never more passes than the row's longest document has tokens: by then
+    every token is final (token t is after t + 1 passes).
+    Raises UserError for anything else.
+    """
+    if passes == "trained":
+        return Stop(-1.0, config.no_grad_passes + config.grad_passes)
+    if passes == "exact":
+        return Stop(8 * float(jnp.finfo(config.dtype).eps), None)
+    if isinstance(passes, str):
+        near = difflib.get_close_matches(passes.lower(), ("trained", "exact"), 1, 0.5)
+        mend = f"did you mean {near[0]!r}?" if near else "use trained, exact or a tolerance such as 1e-2"
+        raise UserError(f"passes: unknown name {passes!r}; {mend}")
+    if isinstance(passes, bool) or not (math.isfinite(passes) and passes >= 0):
+        raise UserError(f"passes: {passes} is no tolerance; use 0 or more, such as 1e-2, or trained or exact")
+    return Stop(float(passes) or -1.0, None)
+
+
+def solve_rows(
+    params: Params, config: ModelConfig, span: Span, x_BTD: jax.Array, slots: Slots, context: Context, stop: Stop
+) -> Solved:
+    """The span evaluated once, or, if it is cyclic, by as many passes as each row needs; carries no gradient.
+
+    One loop whose state is K,V. A row that is done keeps its K,V, so that it never depends on its batch mates. The pass
+    that hands its output on comes last and counts: a row's passes are those that made its K,V, and one.
+    """
+    inputs = Inputs([take_stack(params, config, run) for run in config.sharing.runs(span)], x_BTD, slots)
+    if not span.cyclic:
+        x, own = _last_pass(config, span, inputs, {}, context)
+        return Solved(x, own, jnp.ones((), jnp.int32), jnp.zeros((), jnp.float32))
+    limit_B = _longest_document(context) if stop.limit is None else jnp.full(x_BTD.shape[0], stop.limit)
+    read, made_B = _start(config, span, inputs, context), jnp.zeros_like(limit_B)
+    if config.start == "zero" and stop.limit != 1:  # before the loop, because it has less to do
+        read, made_B = _kv_pass(config, span, inputs, read, context), jnp.minimum(1, limit_B - 1)
+
+    def unfinished(state: tuple[Slots, jax.Array, jax.Array]) -> jax.Array:
+        return state[2].any()
+
+    def one_more(state: tuple[Slots, jax.Array, jax.Array]) -> tuple[Slots, jax.Array, jax.Array]:
+        old, made_B, open_B = state
+        new = _kv_pass(config, span, inputs, old, context)
+        moves_B = largest_change(new, old, context) > stop.tolerance
+        new = jax.tree.map(lambda now, before: jnp.where(open_B[:, None, None, None], now, before), new, old)
+        made_B = made_B + open_B.astype(made_B.dtype)
+        return new, made_B, open_B & moves_B & (made_B + 1 < limit_B)
+
+    if stop.limit != 1:
+        read, made_B, _ = jax.lax.while_loop(unfinished, one_more, (read, made_B, made_B + 1 < limit_B))
+    x, own = _last_pass(config, span, inputs, read, context)
+    residual_B = largest_change({owner: own[owner] for owner in config.sharing.upward_sources(span)}, read, context)
+    return Solved(x, own, made_B + 1, residual_B)
+
+
+def _longest_document(context: Context) -> jax.Array:
+    """Bounds the tokens of the longest document in each row, int32 [B], at least 1: upward layers read strictly smaller
+    positions, so no chain of them is longer."""
+    tokens_B = jnp.sum(context.pos_BT >= 0, axis=1, dtype=jnp.int32)
+    return jnp.maximum(jnp.minimum(tokens_B, context.pos_BT.max(axis=1).astype(jnp.int32) + 1), 1)
 
 
 def _start(config: ModelConfig, span: Span, inputs: Inputs, context: Context) -> Slots:
@@ -102,7 +182,7 @@ def _no_grad_passes(
     def one_more(state: tuple[Slots, jax.Array, jax.Array]) -> tuple[Slots, jax.Array, jax.Array]:
         old, passes, _ = state
         new = _kv_pass(config, span, inputs, old, context)
-        return new, passes + 1, largest_change(new, old, context)
+        return new, passes + 1, largest_change(new, old, context).max()
 
     state = (read, jnp.asarray(done, jnp.int32), jnp.asarray(jnp.inf, jnp.float32))
     read, passes, _ = jax.lax.while_loop(unfinished, one_more, state)
@@ -144,13 +224,15 @@ def _one(stack: Params | None, index: int) -> Params:
 
 
 def largest_change(new: Slots, old: Slots, context: Context) -> jax.Array:
-    """The largest relative change of any single token's keys or values, float32; 1 where there was nothing before."""
-    change = jnp.zeros((), jnp.float32)
+    """The largest relative change of any single token's keys or values in each row, float32 [B]; 1 where there was
+    nothing before."""
+    change_B = jnp.zeros(context.pos_BT.shape[0], jnp.float32)
     for owner, kv in jax.lax.stop_gradient(new).items():
         for index, now in enumerate(kv):
             now = now.astype(wider(now.dtype))
             before = jax.lax.stop_gradient(old[owner][index]).astype(now.dtype) if owner in old else jnp.zeros_like(now)
             moved, size = (jnp.sum(jnp.square(x), axis=(2, 3)) for x in (now - before, now))
             relative = jnp.sqrt(moved / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
-            change = jnp.maximum(change, jnp.where(context.pos_BT >= 0, relative, 0.0).max().astype(jnp.float32))
-    return change
+            relative = jnp.where(context.pos_BT >= 0, relative, 0.0)
+            change_B = jnp.maximum(change_B, relative.max(axis=1).astype(jnp.float32))
+    return change_B

@@ -15,7 +15,7 @@ from lckv_jax.errors import UserError
 from lckv_jax.model.attention import wider
 from lckv_jax.model.axes import constrain
 from lckv_jax.model.layers import Params, make_context, rms_norm
-from lckv_jax.model.refine import Slots, solve_span
+from lckv_jax.model.refine import Passes, Slots, solve_rows, solve_span, stop_rule
 
 
 def parameter_dims(config: ModelConfig) -> dict[str, str | dict[str, str]]:
@@ -93,7 +93,7 @@ class Hidden(NamedTuple):
     """The normed last hidden state, every owner's K,V, and what the passes did.
 
     passes: the most passes made over a cyclic span (1 if the map has none). residual: the largest relative K,V change
-    of the last pass, over all cyclic spans (0 if there is none).
+    of the last pass, over all cyclic spans (0 if there is none). Scalars in training, [B] with `passes`.
     """
 
     x_BTD: jax.Array
@@ -117,8 +117,13 @@ def hidden_states(
     positions_BT: jax.Array | None = None,
     no_grad_passes: int | jax.Array | None = None,
     grad_passes: int | None = None,
+    passes: Passes | None = None,
 ) -> Hidden:
-    """Everything but the head. Arguments as in `forward`."""
+    """Everything but the head. Arguments as in `forward`.
+
+    passes: at inference, how often each row passes over a cyclic span (see `refine.stop_rule`), instead of the m + b
+    passes of training; carries no gradient.
+    """
     check_dtype(config)
     params, tokens_BT = jax.tree.map(jnp.asarray, (params, tokens_BT))  # numpy cannot be indexed by traced tokens
     no_grad_passes = config.no_grad_passes if no_grad_passes is None else no_grad_passes
@@ -132,12 +137,16 @@ def hidden_states(
     embed_VD = constrain(params["embed"], "VD")  # gathered over fsdp first: a lookup in a split width would replicate
     x = constrain(embed_VD[tokens_BT].astype(config.dtype), "BTD")
     slots: Slots = {}
-    passes, residual = jnp.ones((), jnp.int32), jnp.zeros((), jnp.float32)
+    rows = () if passes is None else (tokens_BT.shape[0],)
+    used, residual = jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
     for span in config.sharing.spans():
-        solved = solve_span(params, config, span, x, slots, context, no_grad_passes, grad_passes)
+        if passes is None:
+            solved = solve_span(params, config, span, x, slots, context, no_grad_passes, grad_passes)
+        else:
+            solved = solve_rows(params, config, span, x, slots, context, stop_rule(config, passes))
         x, slots = solved.x_BTD, {**slots, **solved.slots}
-        passes, residual = jnp.maximum(passes, solved.passes), jnp.maximum(residual, solved.residual)
-    return Hidden(rms_norm(x, params["final_norm"], config.norm_eps), slots, passes, residual)
+        used, residual = jnp.maximum(used, solved.passes), jnp.maximum(residual, solved.residual)
+    return Hidden(rms_norm(x, params["final_norm"], config.norm_eps), slots, used, residual)
 
 
 def positions_in_segments(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
