@@ -28,6 +28,7 @@ ORDER = [  # lowest first; a name stands for the modules under it; those of one 
     ["checkpoint"],
     ["convert"],
     ["decode"],
+    ["evaluate.rows"],
     ["evaluate.perplexity"],
     ["train"],
     ["describe", "share", "study", "evaluate.harness"],

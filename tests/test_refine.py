@@ -238,3 +238,97 @@ def test_passes_may_be_any_kind_of_integer():
     want = transformer.forward(params, config, tokens, no_grad_passes=0, grad_passes=1)
     got = transformer.forward(params, config, tokens, no_grad_passes=np.int64(0), grad_passes=1)
     np.testing.assert_array_equal(got, want)
+
+
+# ---------------------------------------------------------------- inference: each row until it is solved
+
+
+def solve(passes):
+    def states(params, config, tokens, segments, positions):
+        return hidden_states(params, config, tokens, segment_ids_BT=segments, positions_BT=positions, passes=passes)
+
+    return jax.jit(states, static_argnums=1)
+
+
+def packed_and_padded(tokens):
+    """One row of two documents and one that is left-padded by 3, as segments and positions."""
+    segments = jnp.array([[1] * 5 + [2] * 9, [1] * T])
+    return segments, jnp.array([[*range(5), *range(9)], [-1] * 3 + [*range(T - 3)]])
+
+
+def logits_of(params, config, hidden):
+    return np.asarray(hidden.x_BTD @ transformer.head_matrix(params, config))
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes"),
+    [
+        *((spec, {}) for spec in MAPS),
+        *((spec, {"start": "input"}) for spec in ("lckv(warmup=0)", "grid(lasagna,top,3)", "2_3_2_3_4_5")),
+        ("grid(lasagna,middle,3)", {"strict_everywhere": True}),
+        ("lckv(warmup=2)", {"strict_everywhere": True, "start": "input", "attention_bias": True}),
+    ],
+    ids=str,
+)
+def test_exact_passes_equal_token_by_token(spec, changes):
+    config, params, tokens = make(spec, **changes)
+    segments, positions = packed_and_padded(tokens)
+    hidden = solve("exact")(params, config, tokens, segments, positions)
+    got = logits_of(params, config, hidden)
+    np.testing.assert_allclose(got[0], token_by_token(params, config, np.asarray(tokens[0]), segments[0]), atol=1e-9)
+    np.testing.assert_allclose(got[1, 3:], token_by_token(params, config, np.asarray(tokens[1, 3:])), atol=1e-9)
+    assert hidden.passes.shape == hidden.residual.shape == (2,)
+    assert np.all(np.asarray(hidden.passes) <= ([9, 11] if config.sharing.cyclic else 1))
+
+
+@pytest.mark.parametrize("passes", ["trained", "exact", 1e-3, 0])
+def test_a_row_does_not_depend_on_its_batch_mates(passes):
+    """Bit for bit in batches of one shape. The mates need 1 (all padding) to T passes."""
+    config, params, tokens = make("grid(lasagna,middle,3)", dtype="float32", init_std=0.2, no_grad_passes=3)
+    mates = [tokens[1], tokens[0, ::-1], tokens[1]]
+    steps = solve(passes)
+    found = []
+    for mate, padded in zip(mates, (0, 0, T)):
+        positions = jnp.stack([jnp.arange(T), jnp.where(jnp.arange(T) < T - padded, jnp.arange(T), -1)])
+        found.append(steps(params, config, jnp.stack([tokens[0], mate]), None, positions))
+    alone = steps(params, config, tokens[:1], None, jnp.arange(T)[None])
+    for hidden in found:
+        np.testing.assert_array_equal(hidden.x_BTD[0], found[0].x_BTD[0])
+        for slot, kv in hidden.slots.items():
+            np.testing.assert_array_equal(kv.k_BSKH[0], found[0].slots[slot].k_BSKH[0])
+        assert int(hidden.passes[0]) == int(alone.passes[0])
+    np.testing.assert_allclose(found[0].x_BTD[:1], alone.x_BTD, atol=1e-5)
+    assert int(found[2].passes[1]) == (5 if passes == "trained" else 1)
+
+
+def test_what_passes_means():
+    config, params, tokens = make("lckv(warmup=2)", init_std=0.1, no_grad_passes=2)
+    positions = jnp.tile(jnp.arange(T)[None], (2, 1))
+    made, changes, x = {}, {}, {}
+    for passes in ("trained", "exact", 1e-2, 1e-4, 0):
+        hidden = solve(passes)(params, config, tokens, None, positions)
+        made[passes], changes[passes], x[passes] = np.asarray(hidden.passes), hidden.residual, hidden.x_BTD
+    assert made["trained"].tolist() == [4, 4]
+    assert made[0].tolist() == [T, T]
+    assert np.all(made[1e-2] < made[1e-4])
+    assert np.all(made[1e-4] < made["exact"])
+    assert np.all(made["exact"] < T)
+    for passes in (1e-2, 1e-4):
+        assert np.all(np.asarray(changes[passes]) <= passes)
+        np.testing.assert_allclose(x[passes], x[0], atol=20 * passes)
+    assert np.all(np.asarray(changes["exact"]) <= 8 * np.finfo(np.float64).eps)
+    np.testing.assert_allclose(x["exact"], x[0], atol=1e-13)
+    training = jax.jit(hidden_states, static_argnums=1)(params, config, tokens)
+    np.testing.assert_allclose(x["trained"], training.x_BTD, atol=1e-13)
+    np.testing.assert_allclose(changes["trained"].max(), training.residual, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["zero", "input"])
+def test_one_trained_pass_and_rows_of_one_token(start):
+    config, params, tokens = make("lckv(warmup=0)", start=start, no_grad_passes=0, grad_passes=1)
+    for passes in ("trained", "exact"):
+        hidden = solve(passes)(params, config, tokens[:, :1], None, jnp.zeros((2, 1), jnp.int32))
+        np.testing.assert_allclose(logits_of(params, config, hidden), oracle(params, config, tokens[:, :1]), atol=1e-9)
+        assert hidden.passes.tolist() == [1, 1]
+    got = solve("trained")(params, config, tokens, None, jnp.tile(jnp.arange(T)[None], (2, 1)))
+    np.testing.assert_allclose(logits_of(params, config, got), forward(params, config, tokens), atol=1e-12)

@@ -75,7 +75,7 @@ def token_nll(
     hidden, labels_BT = _shifted(params, config, batch, passes=passes)
     head = constrain(head_matrix(params, config), "DV")
     xs = _chunks(hidden.x_BTD, labels_BT, _fitting(chunk, labels_BT))
-    nll = jax.lax.map(lambda xs: _chunk_logits(*xs, head).nll_BT, xs)  # [chunks, B, chunk]
+    nll = jax.lax.map(lambda chunk: _chunk_logits(chunk[0], chunk[1], head).nll_BT, xs)  # [chunks, B, chunk]
     nll_BT = nll.swapaxes(0, 1).reshape(labels_BT.shape[0], -1)[:, : labels_BT.shape[1]]
     return nll_BT, {"passes": hidden.passes, "residual": hidden.residual}
 

@@ -1,0 +1,293 @@
+"""`evaluate`: log-probabilities, perplexity and bits per byte of text, by the trained passes and exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+from pydantic import BeforeValidator, Field
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from lckv_jax.checkpoint import load
+from lckv_jax.config import Frozen, ModelConfig, Positive, Sources, read_overrides
+from lckv_jax.errors import UserError
+from lckv_jax.evaluate.rows import Batch, Text, list_batch, read_text, text_batches
+from lckv_jax.model.layers import Params
+from lckv_jax.model.loss import IGNORED, token_nll
+from lckv_jax.model.refine import Passes, stop_rule
+
+_BATCH_TOKENS = 8192  # of a batch that `score` makes
+_LEAST_LENGTH = 16  # shorter rows are filled up to it
+_TELL_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+_token_nll = jax.jit(token_nll, static_argnames=("config", "passes", "chunk"))
+
+
+# ---------------------------------------------------------------- score
+
+
+def score(
+    params: Params, config: ModelConfig, token_lists: Sequence[Sequence[int]], *, passes: Passes = "exact"
+) -> list[np.ndarray]:
+    """Log-probability of each token after the first, given those before it: for each list an array [length - 1].
+
+    token_lists: each is one text of any length, with its BOS where the model was trained with one; nothing is added. A
+    list of fewer than two tokens gives an empty array. Positions run on beyond those that the model was trained on.
+    passes: `trained`, `exact` or a tolerance (see `refine.stop_rule`). Results are float32, or the compute dtype if
+    that is wider, and depend on no other list but by rounding, as the shape of a batch decides the order of sums.
+    Raises UserError for a token that the model does not have.
+    """
+    stop_rule(config, passes)  # a misspelt word is told before any work
+    lists = [_check_tokens(number, tokens, config.vocab_size) for number, tokens in enumerate(token_lists)]
+    params = jax.tree.map(jax.numpy.asarray, params)
+    dtype = np.promote_types(np.float32, np.float64 if config.dtype == "float64" else np.float32)
+    scores = [np.zeros(0, dtype)] * len(lists)
+    for length, numbers in _groups([len(tokens) for tokens in lists]):
+        nll, _ = _token_nll(params, config, list_batch([lists[n] for n in numbers], length), passes=passes)
+        for number, row in zip(numbers, np.asarray(nll)):
+            scores[number] = -row[: len(lists[number]) - 1]
+    return scores
+
+
+def _check_tokens(number: int, tokens: Sequence[int], vocab_size: int) -> np.ndarray:
+    ids = np.asarray(tokens) if len(tokens) else np.zeros(0, np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(f"list {number} is no list of token ids, which are integers; encode the text first")
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        raise UserError(
+            f"list {number} has token {ids[wrong[0]]} at place {wrong[0]}, but ids are below {vocab_size}; "
+            "encode the text with the model's own tokenizer"
+        )
+    return ids.astype(np.int32)
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Batches of lists with something to score, longest first: the length to pad them to, and which they are."""
+    order = sorted((n for n, length in enumerate(lengths) if length > 1), key=lambda n: -lengths[n])
+    while order:
+        length = _padded_length(lengths[order[0]] - 1)
+        rows = 1 << max(0, (_BATCH_TOKENS // length).bit_length() - 1)
+        numbers = [n for n in order[:rows] if _padded_length(lengths[n] - 1) == length]
+        yield length, numbers
+        order = order[len(numbers) :]
+
+
+def _padded_length(tokens: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes to compile for, and at most a third of a row is padding."""
+    power = max(_LEAST_LENGTH, 1 << (tokens - 1).bit_length())
+    return power * 3 // 4 if power > _LEAST_LENGTH and tokens <= power * 3 // 4 else power
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def _as_passes(value: Any) -> Any:
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values)
+
+
+class EvaluateConfig(Frozen):
+    """What `evaluate` reads and how; everything else comes from the checkpoint."""
+
+    files: Sources = Field(default=(), description="text to score; where empty, the run's own validation split")
+    passes: Annotated[tuple[str | float, ...], BeforeValidator(_as_passes), Field(min_length=1)] = Field(
+        default=("trained", "exact"),
+        description="`trained` (m + b), `exact`, or a tolerance such as 1e-2; one report each",
+    )
+    seq_len: Positive | None = Field(default=None, description="tokens of a row; null = data.seq_len of the run")
+    batch_size: Positive = Field(default=8, description="rows scored at once")
+    max_tokens: Positive | None = Field(default=None, description="score only so many tokens, the first; null = all")
+    out: str | None = Field(default=None, description="also write the numbers as JSON to this file")
+
+
+class Report(NamedTuple):
+    """What one setting of `passes` gave.
+
+    tokens: those predicted. nats: the mean of their -log p. bits_per_byte: its sum over ln 2 and the bytes of the text.
+    mean_passes, max_passes: of the rows. residual: the largest relative K,V change of the last pass. seconds: without
+    compilation.
+    """
+
+    passes: Passes
+    tokens: int
+    nats: float
+    perplexity: float
+    bits_per_byte: float | None
+    mean_passes: float
+    max_passes: int
+    residual: float
+    seconds: float
+    tokens_per_second: float
+
+
+def evaluate(checkpoint: str, overrides: Sequence[str]) -> None:
+    """Prints the perplexity and bits per byte of text under a checkpoint, by each of the wanted `passes`.
+
+    checkpoint: a run folder or RUN/checkpoints/STEP. overrides: of EvaluateConfig, such as `files=texts/*.txt`.
+    The text is laid out as in training: documents packed in rows of seq_len, none of whose predicted tokens are shared.
+    Each token is predicted once, from what its row shows before it; EOS too, but not BOS (with data.packing=joined BOS
+    too, but for the very first). Bits per byte are the nats of all of them over ln 2 and the UTF-8 bytes of the
+    documents.
+    Raises UserError for everything that the user can mend, and if a loss is not finite.
+    """
+    wanted = read_overrides(EvaluateConfig, overrides, "evaluate")
+    console = Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    params, run, tokenizer = load(checkpoint, report=say)  # the parameters that `load` holds to be those to evaluate
+    for passes in wanted.passes:
+        stop_rule(run.model, passes)
+    settings = tuple(dict.fromkeys(wanted.passes))[: None if run.model.sharing.cyclic else 1]
+    out = None if wanted.out is None else _writable(wanted.out)
+    text = read_text(run, wanted.files, wanted.max_tokens, tokenizer)
+    seq_len = wanted.seq_len or run.data.seq_len
+    size = "" if text.bytes is None else f" ({text.bytes:,} bytes)"
+    say(f"{checkpoint}: {text.what}, {len(text.tokens):,} tokens{size} in rows of {seq_len}")
+    reports = measure(
+        params, run.model, text, settings, seq_len, wanted.batch_size, packing=run.data.packing, console=console
+    )
+    for line in _table(run.model, reports):
+        say(line)
+    if out is not None:
+        facts = {"checkpoint": checkpoint, "text": text.what, "bytes": text.bytes, "seq_len": seq_len}
+        _write(out, {**facts, "sharing": str(run.model.sharing), "reports": [report._asdict() for report in reports]})
+        say(f"wrote {out}")
+
+
+def _writable(out: str) -> Path:
+    """The path of the report, whose folder is made; a wrong one is told before the work, not after it."""
+    path = Path(out).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error.strerror}; give another file") from error
+    return path
+
+
+def _write(path: Path, numbers: dict[str, Any]) -> None:
+    for report in numbers["reports"]:
+        report.update({name: None for name, x in report.items() if isinstance(x, float) and not math.isfinite(x)})
+    try:
+        path.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; the numbers are above") from error
+
+
+def measure(
+    params: Params,
+    config: ModelConfig,
+    text: Text,
+    settings: Sequence[Passes],
+    seq_len: int,
+    batch_size: int,
+    *,
+    packing: str = "masked",
+    console: Console | None = None,
+) -> list[Report]:
+    """One report for each of the settings of `passes`, all of them on the same batches.
+
+    console: shown how far it is. Raises UserError if a loss is not finite.
+    """
+    steps: dict[Passes, Any] = {}
+    parts: dict[Passes, list[_Part]] = {passes: [] for passes in settings}
+    for batch in _told(text_batches(text, seq_len, batch_size, packing), text, seq_len * batch_size, console):
+        counts_BT = batch["labels"][:, 1:] != IGNORED
+        for passes in settings:
+            if passes not in steps:
+                steps[passes] = _token_nll.lower(params, config, batch, passes=passes).compile()
+            started = time.monotonic()
+            nll_BT, rows = jax.device_get(steps[passes](params, batch))
+            seconds = time.monotonic() - started
+            if not np.isfinite(nll_BT).all():
+                raise UserError(
+                    f"passes={passes}: the loss is not finite; the parameters of this checkpoint are of no use, "
+                    "evaluate an earlier one"
+                )
+            real_B = counts_BT.any(axis=1)  # other rows fill up the batch
+            nats, count = float(nll_BT.sum(dtype=np.float64)), int(counts_BT.sum())
+            parts[passes].append(_Part(nats, count, rows["passes"][real_B], rows["residual"][real_B], seconds))
+    return [_report(passes, parts[passes], text.bytes) for passes in settings]
+
+
+class _Part(NamedTuple):
+    """What one batch gave."""
+
+    nats: float
+    tokens: int
+    passes_B: np.ndarray
+    residual_B: np.ndarray
+    seconds: float
+
+
+def _report(passes: Passes, parts: Sequence[_Part], text_bytes: int | None) -> Report:
+    tokens, seconds = sum(part.tokens for part in parts), sum(part.seconds for part in parts)
+    total = math.fsum(part.nats for part in parts)
+    nats = total / tokens
+    passes_made = np.concatenate([part.passes_B for part in parts])
+    return Report(
+        passes=passes,
+        tokens=tokens,
+        nats=nats,
+        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
+        mean_passes=float(passes_made.mean()),
+        max_passes=int(passes_made.max()),
+        residual=float(max(part.residual_B.max(initial=0.0) for part in parts)),
+        seconds=round(seconds, 3),
+        tokens_per_second=round(tokens / seconds, 1),
+    )
+
+
+def _table(config: ModelConfig, reports: Sequence[Report]) -> Iterator[str]:
+    """The reports in lines of at most 80 columns."""
+    exact = next((report for report in reports if report.passes == "exact"), None)
+    columns = {"perplexity": 11, "nats/token": 11, "bits/byte": 10, "made (max)": 12, "residual": 10, "tok/s": 9}
+    yield f"{'passes':<16}" + "".join(f"{name:>{width}}" for name, width in columns.items())
+    for report in reports:
+        name = str(report.passes) if config.sharing.cyclic else "any"
+        if report.passes == "trained" and config.sharing.cyclic:
+            name += f" ({config.no_grad_passes} + {config.grad_passes})"
+        bits = "unknown" if report.bits_per_byte is None else f"{report.bits_per_byte:.4f}"
+        made = f"{report.mean_passes:.1f} ({report.max_passes})"
+        yield (
+            f"{name:<16}{report.perplexity:>11,.3f}{report.nats:>11.5f}{bits:>10}{made:>12}{report.residual:>10.1e}"
+            f"{report.tokens_per_second:>9,.0f}"
+        )
+    for report in reports:
+        if exact is not None and report is not exact:
+            yield (
+                f"{report.passes} - exact: perplexity {report.perplexity - exact.perplexity:+.4f}, "
+                f"nats/token {report.nats - exact.nats:+.2e}"
+            )
+    if not config.sharing.cyclic:
+        yield f"no layer of the map {config.sharing} reads above itself: one pass is exact, whatever `passes` says"
+    seconds = ", ".join(f"{report.seconds:.1f} s" for report in reports)
+    yield f"{reports[0].tokens:,} tokens predicted in {seconds} (compilation left out)"
+
+
+def _told(batches: Iterator[Batch], text: Text, batch_tokens: int, console: Console | None) -> Iterator[Batch]:
+    """The batches, and how far they are: a live line on a terminal, elsewhere a line now and then."""
+    if console is None:
+        yield from batches
+        return
+    total, told = len(text.tokens) - 1, time.monotonic()
+    live = Progress(TextColumn("{task.description}"), console=console, transient=True, disable=not console.is_terminal)
+    with live:
+        task = live.add_task("compiling")
+        for number, batch in enumerate(batches):
+            line = f"scored {number * batch_tokens:,} of {total:,} tokens"
+            if number:
+                live.update(task, description=line)
+            if not console.is_terminal and time.monotonic() - told > _TELL_SECONDS:
+                console.print(line, highlight=False)
+                told = time.monotonic()
+            yield batch

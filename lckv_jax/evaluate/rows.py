@@ -1,0 +1,143 @@
+"""Text and token lists -> batches to score: right-padded rows of few shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lckv_jax.config import RunConfig, SourceConfig
+from lckv_jax.errors import UserError
+from lckv_jax.model.loss import IGNORED
+
+if TYPE_CHECKING:
+    from lckv_jax.data.tokenizer import Tokenizer
+
+_READ_TOKENS = 4096  # of a prepared split at once
+
+Batch = dict[str, np.ndarray]
+
+
+class Text(NamedTuple):
+    """Documents as they are trained on: BOS, tokens, EOS, one after the other, int32 [tokens].
+
+    bytes: of their text in UTF-8; None where that is not known.
+    """
+
+    what: str
+    tokens: np.ndarray
+    bytes: int | None
+    bos_id: int
+
+
+def read_text(
+    run: RunConfig, files: Sequence[SourceConfig], max_tokens: int | None, tokenizer: Tokenizer | None
+) -> Text:
+    """The text of the files, where there are none the run's validation split; at most 1 + max_tokens tokens of it.
+
+    Raises UserError if there is no text, or no tokenizer to read it with, or the split is not that of the run.
+    """
+    limit = None if max_tokens is None else max_tokens + 1
+    text = _read_files(files, limit, tokenizer) if files else _read_split(run, limit, tokenizer)
+    if limit is None or len(text.tokens) <= limit:
+        return text
+    tokens = text.tokens[:limit]
+    size = None if tokenizer is None else _text_bytes(tokens, tokenizer)
+    return text._replace(what=f"the beginning of {text.what}", tokens=tokens, bytes=size)
+
+
+def _read_split(run: RunConfig, limit: int | None, tokenizer: Tokenizer | None) -> Text:
+    """The run's validation split, whole; where there is a limit, at least so much of it."""
+    from lckv_jax.data.batches import Windows
+    from lckv_jax.data.prepare import MANIFEST, prepare
+
+    folder = Path(run.data.folder).expanduser()
+    if not (folder / MANIFEST).exists():
+        raise UserError(
+            f"the run's text was prepared in data.folder={run.data.folder}, which is not there now; run this where it "
+            "is, or give text as files=texts/*.txt"
+        )
+    manifest = prepare(run.data, run.model.vocab_size)  # only checks that it was made by the settings of this run
+    if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"{folder} was prepared with another tokenizer than the run's; put the run's data back, or give text as "
+            "files=texts/*.txt"
+        )
+    total = manifest.valid.tokens if limit is None else min(manifest.valid.tokens, limit + 1)
+    pairs = Windows(folder, manifest, "valid", 1)  # neighbouring tokens
+    whole = (total - 1) // _READ_TOKENS
+    windows = Windows(folder, manifest, "valid", _READ_TOKENS) if whole else []
+    parts = [windows[i][:-1] for i in range(whole)] + [pairs[i][:1] for i in range(whole * _READ_TOKENS, total - 1)]
+    tokens = np.concatenate([*parts, pairs[total - 2][1:]])
+    return Text(f"validation split of {run.data.folder}", tokens, manifest.valid.bytes, manifest.bos_id)
+
+
+def _read_files(files: Sequence[SourceConfig], limit: int | None, tokenizer: Tokenizer | None) -> Text:
+    """The documents of the files; where there is a limit, at least so many tokens of them."""
+    from lckv_jax.data.corpora import documents
+
+    if tokenizer is None:
+        raise UserError("the run has no tokenizer to read files with; put its tokenizer back beside checkpoints/")
+    parts: list[np.ndarray] = []
+    tokens = size = 0
+    for document in documents([source.path for source in files]):
+        ids = tokenizer.encode_batch([document.text])[0]
+        parts.append(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(np.int32))
+        tokens, size = tokens + len(parts[-1]), size + len(document.text.encode())
+        if limit is not None and tokens > limit:
+            break
+    names = ", ".join(source.path for source in files)
+    if not parts:
+        raise UserError(f"files: no text but white space in {names}; name files with UTF-8 text")
+    return Text(f"{len(parts)} documents of {names}", np.concatenate(parts), size, tokenizer.bos_id)
+
+
+def _text_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the text of the tokens, document by document."""
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)
+    return sum(len(tokenizer.decode(part.tolist()).encode()) for part in np.split(tokens, starts))
+
+
+def text_batches(text: Text, seq_len: int, batch_size: int, packing: str) -> Iterator[Batch]:
+    """The text in rows of seq_len + 1 that share their first or last token with a neighbour, laid out as in training.
+
+    Every batch has one shape; what fills up the last row and the last batch has no label, and position -1.
+    """
+    from lckv_jax.data.batches import label_rows
+
+    starts = range(0, len(text.tokens) - 1, seq_len)
+    batch_size = min(batch_size, len(starts))
+    for first in range(0, len(starts), batch_size):
+        tokens_BT = np.full((batch_size, seq_len + 1), text.bos_id, np.int32)
+        lengths_B = np.zeros(batch_size, np.int64)
+        for row, start in enumerate(starts[first : first + batch_size]):
+            part = text.tokens[start : start + seq_len + 1]
+            tokens_BT[row, : len(part)], lengths_B[row] = part, len(part)
+        batch = label_rows(tokens_BT, text.bos_id, batch_size)
+        if packing == "joined":
+            positions_BT = np.broadcast_to(np.arange(seq_len + 1, dtype=np.int32), tokens_BT.shape)
+            segments_BT = np.ones_like(tokens_BT)
+            batch = {"tokens": tokens_BT, "labels": tokens_BT, "segment_ids": segments_BT, "positions": positions_BT}
+        yield _without_padding(batch, lengths_B)
+
+
+def list_batch(lists: Sequence[np.ndarray], length: int) -> Batch:
+    """A batch of [rows, length + 1] with one list a row; rows are filled up to a power of two."""
+    rows = 1 << (len(lists) - 1).bit_length()
+    tokens_BT = np.zeros((rows, length + 1), np.int32)
+    lengths_B = np.zeros(rows, np.int64)
+    for row, tokens in enumerate(lists):
+        tokens_BT[row, : len(tokens)], lengths_B[row] = tokens, len(tokens)
+    positions_BT = np.broadcast_to(np.arange(length + 1, dtype=np.int32), tokens_BT.shape)
+    return _without_padding({"tokens": tokens_BT, "labels": tokens_BT, "positions": positions_BT}, lengths_B)
+
+
+def _without_padding(batch: Batch, lengths_B: np.ndarray) -> Batch:
+    """The batch without labels from each row's length on, and with position -1, which nobody reads and no pass waits
+    for, from its last token on: nothing is predicted from that."""
+    columns_T = np.arange(batch["tokens"].shape[1])
+    labels_BT = np.where(columns_T < lengths_B[:, None], batch["labels"], np.int32(IGNORED))
+    positions_BT = np.where(columns_T < lengths_B[:, None] - 1, batch["positions"], np.int32(-1))
+    return {**batch, "labels": labels_BT, "positions": positions_BT}
