@@ -281,38 +281,42 @@ def test_exact_passes_equal_token_by_token(spec, changes):
     assert np.all(np.asarray(hidden.passes) <= ([9, 11] if config.sharing.cyclic else 1))
 
 
-@pytest.mark.parametrize("passes", ["trained", "exact", 1e-3, 0])
+@pytest.mark.parametrize("passes", ["trained", 0.1, 0])
 def test_a_row_does_not_depend_on_its_batch_mates(passes):
-    """Bit for bit in batches of one shape. The mates need 1 (all padding) to T passes."""
-    config, params, tokens = make("grid(lasagna,middle,3)", dtype="float32", init_std=0.2, no_grad_passes=3)
-    mates = [tokens[1], tokens[0, ::-1], tokens[1]]
+    """Bit for bit in batches of one shape, beside mates that need more passes, and fewer: 1, as all is padding."""
+    config, params, tokens = make("lckv(warmup=0)", dtype="float32", init_std=0.2, no_grad_passes=3)
     steps = solve(passes)
-    found = []
-    for mate, padded in zip(mates, (0, 0, T)):
-        positions = jnp.stack([jnp.arange(T), jnp.where(jnp.arange(T) < T - padded, jnp.arange(T), -1)])
-        found.append(steps(params, config, jnp.stack([tokens[0], mate]), None, positions))
-    alone = steps(params, config, tokens[:1], None, jnp.arange(T)[None])
+
+    def beside(mate, mates_length, mine=10):
+        positions = jnp.stack([jnp.where(jnp.arange(T) < n, jnp.arange(T), -1) for n in (mine, mates_length)])
+        return steps(params, config, jnp.stack([tokens[0], mate]), None, positions)
+
+    found = [beside(tokens[1], T), beside(tokens[1, ::-1], T), beside(tokens[1], 0)]
+    alone = steps(params, config, tokens[:1, :10], None, jnp.arange(10)[None])
     for hidden in found:
         np.testing.assert_array_equal(hidden.x_BTD[0], found[0].x_BTD[0])
         for slot, kv in hidden.slots.items():
-            np.testing.assert_array_equal(kv.k_BSKH[0], found[0].slots[slot].k_BSKH[0])
+            np.testing.assert_array_equal(kv.k_BSKH[0, :10], found[0].slots[slot].k_BSKH[0, :10])
         assert int(hidden.passes[0]) == int(alone.passes[0])
-    np.testing.assert_allclose(found[0].x_BTD[:1], alone.x_BTD, atol=1e-5)
-    assert int(found[2].passes[1]) == (5 if passes == "trained" else 1)
+    np.testing.assert_allclose(found[0].x_BTD[:1, :10], alone.x_BTD, atol=1e-5)
+    mine, more, fewer = int(alone.passes[0]), int(found[0].passes[1]), int(found[2].passes[1])
+    assert mine == more == fewer == 5 if passes == "trained" else fewer == 1 < mine < more
+    assert mine < 10 or passes == 0  # so that stopping early is what was seen
 
 
 def test_what_passes_means():
-    config, params, tokens = make("lckv(warmup=2)", init_std=0.1, no_grad_passes=2)
-    positions = jnp.tile(jnp.arange(T)[None], (2, 1))
+    config, params, _ = make("lckv(warmup=2)", init_std=0.1, no_grad_passes=2)
+    tokens = jax.random.randint(jax.random.key(5), (2, 3 * T), 0, config.vocab_size)
+    positions = jnp.tile(jnp.arange(3 * T)[None], (2, 1))
     made, changes, x = {}, {}, {}
     for passes in ("trained", "exact", 1e-2, 1e-4, 0):
         hidden = solve(passes)(params, config, tokens, None, positions)
         made[passes], changes[passes], x[passes] = np.asarray(hidden.passes), hidden.residual, hidden.x_BTD
     assert made["trained"].tolist() == [4, 4]
-    assert made[0].tolist() == [T, T]
+    assert made[0].tolist() == [3 * T, 3 * T]
     assert np.all(made[1e-2] < made[1e-4])
     assert np.all(made[1e-4] < made["exact"])
-    assert np.all(made["exact"] < T)
+    assert np.all(made["exact"] < 3 * T)
     for passes in (1e-2, 1e-4):
         assert np.all(np.asarray(changes[passes]) <= passes)
         np.testing.assert_allclose(x[passes], x[0], atol=20 * passes)
