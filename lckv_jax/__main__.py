@@ -3,60 +3,104 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from lckv_jax.config import RunConfig, load_config
+from lckv_jax.config import load_config
 from lckv_jax.errors import Stopped, UserError
 
+PROGRAM = "python -m lckv_jax"
 
-def _train(config: RunConfig) -> None:
+
+def _train(options: argparse.Namespace) -> None:
     from lckv_jax.train.loop import train
 
-    train(config)
+    train(load_config(options.config, options.overrides))
 
 
-def _prepare(config: RunConfig) -> None:
-    from lckv_jax.data.prepare import prepare
+def _prepare(options: argparse.Namespace) -> None:
+    from lckv_jax.data import prepare
 
-    manifest = prepare(config.data, config.model.vocab_size)
+    config = load_config(options.config, options.overrides)
+    if options.verify:
+        prepare.verify(config.data.folder, print)
+        return
+    manifest = prepare.prepare(config.data, config.model.vocab_size)
     print(f"{config.data.folder}: {manifest.train.tokens:,} training and {manifest.valid.tokens:,} validation tokens")
 
 
-def _describe(config: RunConfig) -> None:
+def _describe(options: argparse.Namespace) -> None:
     from lckv_jax.describe import describe
 
-    print(describe(config))
+    plot = None if options.plot is None else Path(options.plot or f"{Path(options.config).stem}-map.png")
+    print(describe(load_config(options.config, options.overrides), compiled=options.compile, plot=plot))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from lckv_jax.evaluate.perplexity import evaluate
+
+    evaluate(options.checkpoint, options.overrides)
+
+
+class _Argument(NamedTuple):
+    """The arguments of `ArgumentParser.add_argument`."""
+
+    name: str
+    settings: dict[str, Any]
 
 
 class _Command(NamedTuple):
-    function: Callable[[RunConfig], None]
-    help: str
+    """What a command runs, its line of help, and its arguments."""
 
+    function: Callable[[argparse.Namespace], None]
+    help: str
+    arguments: tuple[_Argument, ...]
+
+
+_CONFIG = _Argument("config", {"metavar": "CONFIG", "help": "a YAML file, such as configs/quickstart.yaml"})
+_CHECKPOINT = _Argument("checkpoint", {"metavar": "CHECKPOINT", "help": "a run's folder, or one of its checkpoints"})
+_OVERRIDES = _Argument(
+    "overrides",
+    {"nargs": "*", "default": [], "metavar": "a.b=c", "help": "overrides, such as optimizer.learning_rate=1e-3"},
+)
+_VERIFY = _Argument("--verify", {"action": "store_true", "help": "only check the prepared shards against their hashes"})
+_COMPILE = _Argument(
+    "--compile", {"action": "store_true", "help": "compile the train step; tell its memory and collectives"}
+)
+_PLOT = _Argument(
+    "--plot", {"nargs": "?", "const": "", "metavar": "FILE", "help": "draw the map (default: CONFIG's name-map.png)"}
+)
 
 _COMMANDS = {
-    "train": _Command(_train, "pretrain; resumes by itself"),
-    "prepare": _Command(_prepare, "text to token shards (train does it where it is missing)"),
-    "describe": _Command(_describe, "the sharing map, parameters, KV bytes and FLOPs of a config"),
-}
+    "train": _Command(_train, "pretrain; resumes by itself", (_CONFIG, _OVERRIDES)),
+    "prepare": _Command(_prepare, "text to token shards (train does it where it is missing)",
+                        (_CONFIG, _OVERRIDES, _VERIFY)),
+    "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
+                         (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
+    "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _OVERRIDES)),
+}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are one sentence with the usage, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().split()).removeprefix("usage: ").replace(" [-h]", "")
+        raise UserError(f"{self.prog.removeprefix(PROGRAM).strip()}: {message}; write {usage}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code: 0, 2 after one sentence about what the user can mend, 42 after SIGTERM."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lckv_jax", description="Pretraining of transformers whose layers share keys and values."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in _COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.help, description=command.help)
-        subparser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
-        subparser.add_argument(
-            "overrides", nargs="*", metavar="a.b=c", help="overrides, such as optimizer.learning_rate=1e-3"
-        )
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in ([], ["-h"], ["--help"]):
+        print(_overview())
+        return 0 if words else 2
     try:
-        _COMMANDS[options.command].function(load_config(options.config, options.overrides))
+        command = _find(words[0])
+        command.function(_parser(words[0], command).parse_intermixed_args(words[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,6 +111,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(stopped, file=sys.stderr)
         return 42
     return 0
+
+
+def _overview() -> str:
+    width = max(map(len, _COMMANDS))
+    return "\n".join([
+        f"usage: {PROGRAM} COMMAND ...",
+        "",
+        "Pretraining of transformers whose layers share keys and values.",
+        "",
+        *(f"  {name:<{width}}  {command.help}" for name, command in _COMMANDS.items()),
+        "",
+        f"{PROGRAM} COMMAND --help tells its arguments.",
+    ])  # fmt: skip
+
+
+def _find(name: str) -> _Command:
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name, _COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"there is no command {name!r}; {hint}(commands: {', '.join(_COMMANDS)})")
+    return _COMMANDS[name]
+
+
+def _parser(name: str, command: _Command) -> _Parser:
+    parser = _Parser(prog=f"{PROGRAM} {name}", description=command.help, allow_abbrev=False)
+    for argument in command.arguments:
+        parser.add_argument(argument.name, **argument.settings)
+    return parser
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from lckv_jax.compiled import compile_step
 from lckv_jax.config import ModelConfig, RunConfig
+from lckv_jax.map_plot import draw_map
+from lckv_jax.memory import Memory, cache_bytes, memory
 from lckv_jax.model.transformer import dim_sizes, parameter_dims
 from lckv_jax.sharing import KVSharing
 
@@ -19,26 +23,47 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(sizes[dim] for dim in dims) for dims in jax.tree.leaves(parameter_dims(config)))
 
 
-def describe(config: RunConfig) -> str:
-    """The sharing map as a diagram, and the model's parameters, KV cache and FLOPs beside those of the standard map."""
-    return "\n".join(_lines(config))
+def attention_kernel(config: ModelConfig) -> tuple[str, str]:
+    """The attention kernel of this machine's devices, and why."""
+    return "xla", f"the only one for {jax.default_backend()} (model.attention={config.attention})"
 
 
-def _lines(config: RunConfig) -> Iterator[str]:
-    model, seq_len = config.model, config.data.seq_len
-    standard = model.model_copy(update={"sharing": KVSharing.parse("standard", model.num_layers)})
+def describe(config: RunConfig, *, compiled: bool = False, plot: Path | None = None) -> str:
+    """The sharing map as a diagram; parameters, KV cache and FLOPs beside those of the standard map; the memory of a
+    device, by formula.
+
+    compiled: also compile the train step for the devices there are, and tell its memory and collectives.
+    plot: also draw the map into this file. Raises UserError if the mesh does not divide what it splits.
+    """
+    lines = [*_map_lines(config), "", *_cost_lines(config), "", *_memory_lines(config)]
+    if plot is not None:
+        draw_map(config.model, plot)
+        lines += ["", f"map drawn in {plot}"]
+    if compiled:
+        lines += ["", *_compiled_lines(config)]
+    return "\n".join(lines)
+
+
+def _map_lines(config: RunConfig) -> Iterator[str]:
+    model = config.model
     yield f"sharing {model.sharing}"
     yield ""
     yield model.sharing.diagram()
     yield ""
     yield "[K,V] computes keys and values; ^ reads a layer above, v one below; +|+ layers solved together by passes"
+    if any(model.sharing.windowed):
+        yield f"sliding window: a layer reads at most {model.window:,} tokens, its own included (model.window)"
     if model.sharing.cyclic:
         yield (
             f"passes over a cyclic span: m = {model.no_grad_passes} without and b = {model.grad_passes} with gradient, "
             f"start: {model.start}" + (f", until a change of {model.tolerance}" if model.tolerance else "")
         )
-    itemsize = jnp.dtype(model.dtype).itemsize
-    sizes = (model.num_kv_heads, model.head_dim, itemsize)
+
+
+def _cost_lines(config: RunConfig) -> Iterator[str]:
+    model, seq_len, batch = config.model, config.data.seq_len, config.data.batch_size
+    standard = model.model_copy(update={"sharing": KVSharing.parse("standard", model.num_layers)})
+    sizes = (model.num_kv_heads, model.head_dim, jnp.dtype(model.dtype).itemsize)
     flops, standard_flops = model.flops(seq_len), standard.flops(seq_len)
     rows = [
         ("parameters", count_parameters(model), count_parameters(standard)),
@@ -48,9 +73,72 @@ def _lines(config: RunConfig) -> Iterator[str]:
             model.sharing.cache_bytes_per_token(*sizes),
             standard.sharing.cache_bytes_per_token(*sizes),
         ),
+        (
+            f"KV cache of {batch:,} full rows, MiB",
+            batch * cache_bytes(model, seq_len) / 2**20,
+            batch * cache_bytes(standard, seq_len) / 2**20,
+        ),
         ("training FLOPs a token", flops.train, standard_flops.train),
         ("prompt FLOPs a token", flops.forward, standard_flops.forward),
     ]
-    yield f"{'at sequence length ' + str(seq_len):<34} {'this map':>14} {'standard':>14} {'ratio':>7}"
+    yield f"{'at sequence length ' + str(seq_len):<36} {'this map':>16} {'standard':>16} {'ratio':>7}"
     for name, mine, theirs in rows:
-        yield f"{name:<34} {mine:>14,.0f} {theirs:>14,.0f} {mine / theirs:>7.3f}"
+        digits = 1 if name.endswith("MiB") else 0
+        yield f"{name:<36} {mine:>16,.{digits}f} {theirs:>16,.{digits}f} {mine / theirs:>7.3f}"
+
+
+def _memory_lines(config: RunConfig) -> Iterator[str]:
+    kernel, reason = attention_kernel(config.model)
+    needs = memory(config, kernel)
+    devices = math.prod(needs.mesh.values())
+    yield f"memory of one device of {devices} ({_mesh_text(needs.mesh)})"
+    if devices != jax.device_count():
+        yield f"  (this machine has {jax.device_count()}: computed for the config's mesh, an axis of -1 taken as 1)"
+    named = {"params": "parameters", "opt": f"optimiser state ({config.optimizer.name})", "ema": "average (ema)"}
+    for part, size in needs.state.items():
+        if part in named:
+            yield _memory_row(named[part], size, "exact")
+    accumulated = ", of the sum and of a micro-batch" if config.train.accumulation > 1 else ""
+    yield _memory_row("gradients", needs.gradients, f"float32{accumulated}")
+    yield _memory_row(
+        "copies of weights", needs.copies, f"slices in {config.model.dtype}, gathered over fsdp, gradients"
+    )
+    yield _memory_row("stored activations", needs.stored, _stored_note(config, needs))
+    yield _memory_row("at work", needs.working, "the layer or piece of the loss that needs most")
+    yield _memory_row("together", sum(needs.state.values()) + needs.step, "")
+    yield "  all but the exact rows by formula: within 1.5x of what XLA plans where it saves memory"
+    yield f"attention kernel: {kernel}, {reason}"
+
+
+def _stored_note(config: RunConfig, needs: Memory) -> str:
+    passes = f", b = {config.model.grad_passes}" if config.model.sharing.cyclic else ""
+    return f"{needs.rows} x {config.data.seq_len:,} tokens, remat: {config.model.remat}{passes}"
+
+
+def _compiled_lines(config: RunConfig) -> Iterator[str]:
+    step = compile_step(config)
+    devices = math.prod(step.mesh.values())
+    yield f"train step compiled for {devices} {step.platform} devices ({_mesh_text(step.mesh)}) in {step.seconds:.1f} s"
+    if step.memory is None:
+        yield "  this compiler does not tell what memory it plans"
+    else:
+        for name, size in step.memory.items():
+            yield _memory_row(name, size, "")
+        formula = memory(config, attention_kernel(config.model)[0]).step
+        yield f"  the formula says {formula / step.memory['temporaries']:.2f} x these temporaries"
+        if step.platform == "cpu":
+            yield "  (on CPU XLA gives memory for parallelism, up to 2.5x where layers are not scanned)"
+    if not step.collectives:
+        yield "  no collectives"
+        return
+    yield "  collectives in the program text, bytes on one device; those inside loops run several times"
+    for kind, number, size in step.collectives:
+        yield _memory_row(kind, size, f"{number:,} times")
+
+
+def _mesh_text(mesh: dict[str, int]) -> str:
+    return "mesh " + ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def _memory_row(name: str, size: int, note: str) -> str:
+    return f"  {name:<32} {size / 2**20:>13,.1f} MiB  {note}".rstrip()

@@ -185,8 +185,20 @@ class KVSharing:
         layers = range(span.start, span.stop)
         return tuple(sorted({self.sources[layer] for layer in layers if self.upward[layer]}))
 
+    @cached_property
+    def shared_owners(self) -> tuple[int, ...]:
+        """The owners whose K,V another layer reads."""
+        return tuple(owner for slot, owner in enumerate(self.owners) if self.donors(slot) != (owner,))
+
+    def cache_tokens(self, seq_len: int, window: int) -> tuple[int, ...]:
+        """The tokens of a row of `seq_len` that each slot keeps: what its widest reader needs."""
+        return tuple(
+            min(window, seq_len) if all(self.windowed[layer] for layer in self.donors(slot)) else seq_len
+            for slot in range(len(self.owners))
+        )
+
     def cache_bytes_per_token(self, num_kv_heads: int, head_dim: int, element_bytes: int = 2) -> int:
-        """Bytes of keys and values held for one token of context (2 for K and V; bf16 unless said)."""
+        """Bytes of keys and values held for one token of context (2 for K and V; bf16 unless said), windows not yet full."""
         return 2 * len(self.owners) * num_kv_heads * head_dim * element_bytes
 
     def flops(

@@ -54,8 +54,8 @@ def test_count_of_known_models():
 
 def rows(text):
     """{name: (this map, standard, ratio)} of the table."""
-    found = re.findall(r"^(\S.*?)  +([\d,]+) +([\d,]+) +([\d.]+)$", text, re.MULTILINE)
-    return {name: (int(a.replace(",", "")), int(b.replace(",", "")), float(ratio)) for name, a, b, ratio in found}
+    found = re.findall(r"^(\S.*?)  +([\d,.]+) +([\d,.]+) +([\d.]+)$", text, re.MULTILINE)
+    return {name: tuple(float(x.replace(",", "")) for x in numbers) for name, *numbers in found}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -68,9 +68,9 @@ def test_shipped_configs(path):
     assert f"at sequence length {config.data.seq_len}" in text
     assert (f"m = {model.no_grad_passes} without and b = {model.grad_passes} with" in text) == model.sharing.cyclic
     table = rows(text)
-    assert len(table) == 5
+    assert len(table) == 6
     for mine, theirs, ratio in table.values():
-        assert ratio == pytest.approx(mine / theirs, abs=6e-4)
+        assert ratio == pytest.approx(mine / theirs, abs=1e-3)
     assert table["parameters"][:2] == (initialised(model), initialised(standard))
     assert table["layers with K,V"][:2] == (len(set(model.sharing.sources)), model.num_layers)
     for name, part in (("training", "train"), ("prompt", "forward")):

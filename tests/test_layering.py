@@ -31,6 +31,8 @@ ORDER = [  # lowest first; a name stands for the modules under it; those of one 
     ["evaluate.rows"],
     ["evaluate.perplexity"],
     ["train"],
+    ["memory", "map_plot"],
+    ["compiled"],
     ["describe", "share", "study", "evaluate.harness"],
     ["__main__"],
 ]

@@ -1,5 +1,8 @@
 """The command line: every mistake is one sentence and exit code 2, and nothing is lost."""
 
+import sys
+import types
+
 import pytest
 
 from lckv_jax.__main__ import main
@@ -116,12 +119,62 @@ def test_a_tokenizer_larger_than_the_vocabulary(tiny_config, tmp_path, capsys):
     assert "512" in error and "400" in error
 
 
-def test_unknown_commands_and_help(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["'trian'", "did you mean train?"]),
+        (["xyz"], ["'xyz'", "(commands: train, prepare, describe"]),
+        (["train"], ["train: ", "required: CONFIG", "write python -m lckv_jax train CONFIG"]),
+        (["evaluate"], ["required: CHECKPOINT"]),
+        (["describe", "x.yaml", "--polt"], ["describe: ", "--polt", "[--plot [FILE]]"]),
+        (["train", "x.yaml", "--verify"], ["train: ", "--verify"]),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(capsys, arguments, words):
+    error = refuses(capsys, *arguments)
+    assert all(word in error for word in words), error
+
+
+def test_help_lists_every_command(capsys):
+    for arguments, code in (([], 2), (["--help"], 0), (["-h"], 0)):
+        assert main(arguments) == code
+        printed = capsys.readouterr().out
+        assert all(f"  {command}  " in printed for command in ("train", "prepare", "describe", "evaluate"))
     with pytest.raises(SystemExit) as stop:
-        main(["trian"])
-    assert stop.value.code == 2
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(["describe", "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("train", "prepare", "describe"))
+    assert all(word in printed for word in ("CONFIG", "a.b=c", "--compile", "--plot [FILE]"))
+
+
+def test_flags_and_overrides_in_any_order(tiny_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["describe", str(tiny_config), "model.sharing=cla", "--plot", "a.svg", "data.seq_len=48"]) == 0
+    printed = capsys.readouterr().out
+    assert "sharing 0_0_2_2\n" in printed and "at sequence length 48 " in printed
+    assert main(["describe", "--plot=b.png", str(tiny_config)]) == 0
+    assert main(["describe", str(tiny_config), "--plot"]) == 0
+    assert {path.name for path in tmp_path.glob("*.*g")} == {"a.svg", "b.png", "tiny-map.png"}
+    assert "--plot train.steps=9" in refuses(capsys, "describe", tiny_config, "--plot", "train.steps=9")
+
+
+def test_what_a_command_returns_is_the_exit_code(tiny_config, capsys, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lckv_jax.train.loop.train", lambda config: 42)
+    assert main(["train", str(tiny_config)]) == 42
+    monkeypatch.setattr("lckv_jax.train.loop.train", interrupted)
+    assert main(["train", str(tiny_config)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_evaluate_and_verify_are_handed_on(tiny_config, tmp_path, capsys, monkeypatch):
+    module, called = types.ModuleType("lckv_jax.evaluate.perplexity"), []
+    module.evaluate = lambda *arguments: called.append(arguments)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert main(["evaluate", "runs/x", "batch_size=4"]) == 0
+    monkeypatch.setattr("lckv_jax.data.prepare.verify", lambda *arguments: called.append(arguments), raising=False)
+    assert main(["prepare", str(tiny_config), "--verify"]) == 0
+    assert called == [("runs/x", ["batch_size=4"]), (str(tmp_path / "data"), print)]
+    assert not (tmp_path / "data").exists()
