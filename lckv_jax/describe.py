@@ -83,7 +83,7 @@ def _cost_lines(config: RunConfig) -> Iterator[str]:
     ]
     yield f"{'at sequence length ' + str(seq_len):<36} {'this map':>16} {'standard':>16} {'ratio':>7}"
     for name, mine, theirs in rows:
-        digits = 1 if name.endswith("MiB") else 0
+        digits = 3 if name.endswith("MiB") else 0
         yield f"{name:<36} {mine:>16,.{digits}f} {theirs:>16,.{digits}f} {mine / theirs:>7.3f}"
 
 

@@ -105,15 +105,15 @@ def _widths(model: ModelConfig, split: int) -> _Widths:
     )
 
 
-def _saved_numbers(model: ModelConfig, split: int) -> int:
-    """Numbers a token that the backward pass of one layer finds stored; the rest it recomputes (model.remat)."""
-    w = _widths(model, split)
+def _saved_numbers(w: _Widths, remat: str) -> tuple[int, int]:
+    """Numbers a token that the backward pass of one layer finds stored, and how many more if the layer is an owner; the
+    rest it recomputes (model.remat)."""
     return {
-        "full": w.D,  # the layer's input
-        "attention": w.D + w.NH,
-        "dots": 3 * w.D + w.NH + 2 * w.KH + 2 * w.F,  # the input, and the products wq, wk, wv, wo, gate, up, down
-        "none": 8 * w.D + 6 * (w.NH + w.KH) + 5 * w.F,  # counted in compiled programs
-    }[model.remat]
+        "full": (w.D, 0),  # the layer's input
+        "attention": (w.D + w.NH, 0),
+        "dots": (3 * w.D + w.NH + 2 * w.F, 2 * w.KH),  # the input, and the products with weights
+        "none": (8 * w.D + 6 * w.NH + 5 * w.F, 6 * w.KH),  # counted in compiled programs
+    }[remat]
 
 
 def _score_bytes(model: ModelConfig, seq_len: int, split: int, backend: str) -> tuple[int, int]:
@@ -128,25 +128,25 @@ def _score_bytes(model: ModelConfig, seq_len: int, split: int, backend: str) -> 
 def _stored_bytes(config: RunConfig, rows: int, split: int, backend: str) -> int:
     """What the forward pass keeps for the backward pass: of each layer once for each pass with gradient over it, of the
     last span's output, and the K,V that another layer reads."""
-    model, sharing = config.model, config.model.sharing
-    tokens, size = rows * config.data.seq_len, jnp.dtype(model.dtype).itemsize
-    a_layer = _saved_numbers(model, split) * size
+    model, w = config.model, _widths(config.model, split)
+    size = jnp.dtype(model.dtype).itemsize
+    a_layer, an_owner = (numbers * size for numbers in _saved_numbers(w, model.remat))
     if model.remat == "none":
         a_layer += _score_bytes(model, config.data.seq_len, split, backend)[0]
-    w, total = _widths(model, split), 3 * model.hidden_size * size
-    for span in sharing.spans():
-        layers = span.stop - span.start
-        owners = sum(span.start <= owner < span.stop for owner in sharing.shared_owners)
-        kv = owners * 2 * w.KH * size
-        total += layers * a_layer + kv
+    total = 3 * w.D * size
+    for span in model.sharing.spans():
+        layers = range(span.start, span.stop)
+        owners, shared = (len(set(layers).intersection(o)) for o in (model.sharing.owners, model.sharing.shared_owners))
+        kv = owners * an_owner + shared * 2 * w.KH * size
+        total += len(layers) * a_layer + kv
         if span.cyclic:  # in the earlier passes the highest owner computes only K,V
-            total += (model.grad_passes - 1) * ((layers - 1) * a_layer + kv)
-    return tokens * total
+            total += (model.grad_passes - 1) * ((len(layers) - 1) * a_layer + kv)
+    return rows * config.data.seq_len * total
 
 
 def _layer_bytes(model: ModelConfig, tokens: int, seq_len: int, split: int, backend: str) -> int:
     """What one layer holds in its backward pass: everything it computes, and the gradients on their way."""
-    everything = _saved_numbers(model.model_copy(update={"remat": "none"}), split) * jnp.dtype(model.dtype).itemsize
+    everything = sum(_saved_numbers(_widths(model, split), "none")) * jnp.dtype(model.dtype).itemsize
     return tokens * (everything + sum(_score_bytes(model, seq_len, split, backend)))
 
 

@@ -198,7 +198,7 @@ class KVSharing:
         )
 
     def cache_bytes_per_token(self, num_kv_heads: int, head_dim: int, element_bytes: int = 2) -> int:
-        """Bytes of keys and values held for one token of context (2 for K and V; bf16 unless said), windows not yet full."""
+        """Bytes of K,V held for one token of context while windows are not full (2 for K and V; bf16 unless said)."""
         return 2 * len(self.owners) * num_kv_heads * head_dim * element_bytes
 
     def flops(
