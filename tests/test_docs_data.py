@@ -1,8 +1,6 @@
 """docs/data.md, as written: its commands and its YAML run, on small texts where it says PATH/TO."""
 
-import contextlib
 import gzip
-import io
 import json
 import random
 import re
@@ -13,6 +11,7 @@ import pyarrow
 import pytest
 import yaml
 from pyarrow import parquet
+from tfds_folder import write_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lckv_jax.__main__ import main
@@ -51,29 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(place / "tokenizer.json"))
-    write_tfds(place)
+    write_folder(place, {"train": [text(number) for number in range(600, 800)]})
     return working
-
-
-def write_tfds(place: Path) -> None:
-    import tensorflow_datasets as tfds
-
-    class TextFiles(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for number in range(200):
-                yield number, {"text": text(number)}
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        TextFiles(data_dir=str(place), file_format="array_record").download_and_prepare()
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[5].partition("=")[2])

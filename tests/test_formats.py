@@ -1,6 +1,7 @@
 """Records of every format become numbered texts, one at a time; what cannot be read is named with its place."""
 
 import gzip
+import itertools
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -154,8 +155,13 @@ def damaged(content: bytes) -> dict[str, bytes]:
     return {"cut": content[: len(content) // 2], "flipped": bytes(flipped), "longer": content + b"x", "empty": b""}
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "longer", "empty", "plain"])
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *itertools.product(["a.txt.gz", "a.jsonl.gz", "a.parquet"], ["cut", "flipped", "longer", "empty", "plain"]),
+        *itertools.product(["a.jsonl.zst"], ["cut", "longer", "empty", "plain"]),  # pyarrow writes no checksum
+    ],
+)
 def test_damaged_files_are_named(name: str, how: str, tmp_path: Path) -> None:
     path = tmp_path / name
     records = lines(*({"text": f"text {number}"} for number in range(9999)))
@@ -164,8 +170,6 @@ def test_damaged_files_are_named(name: str, how: str, tmp_path: Path) -> None:
         content = path.read_bytes()
     else:
         content = PACK[path.suffix](records)
-    if how == "flipped" and name.endswith("zst"):
-        pytest.skip("pyarrow writes no checksum")
     path.write_bytes(records if how == "plain" else damaged(content)[how])
     with pytest.raises(UserError, match=rf"{name} is damaged or not what its name says: [^\n]+; fetch it again"):
         read(path)

@@ -1,15 +1,13 @@
 """A TFDS folder prepared as array_record is read without TensorFlow, all of it or not at all."""
 
-import contextlib
-import io
 import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+from tfds_folder import write_folder
 
 from lckv_jax.config import SourceConfig
 from lckv_jax.data.corpora import check_repeats, documents, scan, split_documents
@@ -21,27 +19,8 @@ TEXTS = [f"document {number} é" for number in range(50)]
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real array_record folder of two splits, the first in two files. Only to be read."""
-    import tensorflow_datasets as tfds
-
-    class TextFiles(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {"text": tfds.features.Text(), "number": np.int64, "words": tfds.features.Sequence(np.str_)}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(TEXTS), "test": self._generate_examples(["held out", " ", "two"])}
-
-        def _generate_examples(self, texts):
-            for number, text in enumerate(texts):
-                yield number, {"text": text, "number": number, "words": text.split()}
-
     out = tmp_path_factory.mktemp("tfds")
-    config = tfds.download.DownloadConfig(num_shards=2)
-    with contextlib.redirect_stderr(io.StringIO()):
-        TextFiles(data_dir=str(out), file_format="array_record").download_and_prepare(download_config=config)
-    return out / "text_files" / "1.0.0"
+    return write_folder(out, {"train": TEXTS, "test": ["held out", " ", "two"]}, shards=2)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def open_tfds(path: str, field: str) -> TfdsSplit:
         raise UserError(f"{folder} has no split {split!r}; it has {', '.join(info.splits) or 'none'}")
     features = info.features
     if not isinstance(features, tfds.features.FeaturesDict) or field not in features:
-        there = ", ".join(features) if isinstance(features, tfds.features.FeaturesDict) else str(features)
+        there = ", ".join(sorted(features)) if isinstance(features, tfds.features.FeaturesDict) else str(features)
         raise UserError(
             f"{folder} has no feature {field!r}; it has {there}: name the one with the text as the source's field"
         )
@@ -94,7 +94,7 @@ def _check_count(folder: Path, split: Any) -> None:
             found += reader.num_records()
             reader.close()
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {first_line(error)}; prepare {folder} again") from error
+            raise UserError(f"{path} is damaged or missing ({first_line(error)}); prepare {folder} again") from error
     if found != split.num_examples:
         raise UserError(
             f"{folder}: the files of {split.name} hold {found} examples, but dataset_info.json says "
