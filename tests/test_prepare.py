@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 from lckv_jax.config import DataConfig, SourceConfig
 from lckv_jax.data import prepare as prepare_module
 from lckv_jax.data import shards
-from lckv_jax.data.corpora import scan, split_documents
-from lckv_jax.data.prepare import Manifest, load_manifest, prepare
-from lckv_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from lckv_jax.data.corpora import documents, scan, split_documents
+from lckv_jax.data.manifest import SplitInfo
+from lckv_jax.data.prepare import Manifest, load_manifest, prepare, verify
+from lckv_jax.data.tokenizer import Bytes, load_tokenizer, train_sentencepiece
 from lckv_jax.errors import UserError
 
 WORDS = [f"{a}{b}" for a in ("to", "ma", "sen", "kri", "vo") for b in ("ra", "lim", "gus", "ne")]
@@ -188,3 +191,148 @@ def test_each_stage_reports_a_line(data: DataConfig) -> None:
     assert stages == ["read", "trained", "tokenised", "prepared"]
     assert "40 documents" in lines[0]
     assert f"{manifest.train.tokens} tokens" in lines[2]
+
+
+def weighted(data: DataConfig, *weights: float | None) -> DataConfig:
+    """Documents 10 to 19, 20 to 29 and 30 to 39 as sources of their own."""
+    folder = Path(data.sources[0].path).parent
+    sources = tuple(
+        SourceConfig(path=f"{folder}/{ten}?.txt", weight=weight) for ten, weight in enumerate(weights, start=1)
+    )
+    return data.model_copy(update={"sources": sources, "validation_fraction": 0.2})
+
+
+def stored(folder: str | Path, info: SplitInfo) -> list[int]:
+    return [int(id) for shard in info.shards for id in np.fromfile(Path(folder) / shard.file, "<u2")]
+
+
+def test_each_weighted_source_is_a_component(data: DataConfig) -> None:
+    data = weighted(data, 0.2, 0.3, 0.5)
+    manifest = prepare(data, VOCAB, quiet)
+    tokenizer = load_tokenizer(Path(data.folder) / "tokenizer.model")
+    valid: list[int] = []
+    for source, component in zip(data.sources, manifest.components, strict=True):
+        split: dict[str, list[int]] = {"train": [], "valid": valid}
+        for name, document in split_documents(scan([source], 0.2)):
+            split[name] += [1, *tokenizer.encode(document.text), 2]
+        assert stored(data.folder, component) == split["train"]
+    assert stored(data.folder, manifest.valid) == valid
+    assert stored(data.folder, manifest.train) == [
+        id for component in manifest.components for id in stored(data.folder, component)
+    ]
+    for field in ("documents", "tokens", "bytes"):
+        assert getattr(manifest.train, field) == sum(getattr(component, field) for component in manifest.components)
+
+
+def test_other_weights_are_the_same_data(data: DataConfig) -> None:
+    manifest = prepare(weighted(data, 0.2, 0.3, 0.5), VOCAB, quiet)
+    for weights in ((0.6, 0.2, 0.2), (None, None, None)):
+        assert prepare(weighted(data, *weights), VOCAB, quiet).hash == manifest.hash
+    assert '"weight"' not in (Path(data.folder) / "manifest.json").read_text()
+
+
+def test_weights_need_components(data: DataConfig) -> None:
+    prepare(weighted(data, None, None), VOCAB, quiet)
+    with pytest.raises(UserError, match=r"for data\.sources without weights, which lie in it as one, but the config"):
+        prepare(weighted(data, 0.5, 0.5), VOCAB, quiet)
+
+
+def test_validation_sources_leave_the_others_whole(data: DataConfig) -> None:
+    data = weighted(data, None, None, None)
+    *sources, last = data.sources
+    data = data.model_copy(update={"sources": tuple(sources), "validation": (last,)})
+    lines: list[str] = []
+    manifest = prepare(data, VOCAB, lines.append)
+    tokenizer = load_tokenizer(Path(data.folder) / "tokenizer.model")
+    for info, named in ((manifest.train, sources), (manifest.valid, [last])):
+        texts = [document.text for document in documents(named)]
+        assert stored(data.folder, info) == [id for text in texts for id in (1, *tokenizer.encode(text), 2)]
+    assert manifest.validation_fraction is None
+    other = data.model_copy(update={"validation_fraction": 0.5})
+    assert prepare(other, VOCAB, quiet) == manifest
+    with pytest.raises(UserError, match=r"data\.validation=\[.*\], but the config says \[\]"):
+        prepare(data.model_copy(update={"validation": ()}), VOCAB, quiet)
+
+
+def test_a_file_to_train_and_validate_on_is_refused(data: DataConfig) -> None:
+    with pytest.raises(UserError, match="named twice"):
+        prepare(data.model_copy(update={"validation": data.sources}), VOCAB, quiet)
+    with pytest.raises(UserError, match="named twice"):
+        prepare(data.model_copy(update={"sources": weighted(data, 0.5).sources + data.sources}), VOCAB, quiet)
+
+
+def test_empty_validation_sources_are_refused(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    validation = (SourceConfig(path=f"{tmp_path}/empty.txt"),)
+    with pytest.raises(UserError, match=r"data\.validation: empty corpus"):
+        prepare(data.model_copy(update={"validation": validation}), VOCAB, quiet)
+
+
+def test_a_small_validation_split_is_told(data: DataConfig) -> None:
+    for seq_len, told in ((16, False), (1024, True)):
+        lines: list[str] = []
+        shaped = data.model_copy(update={"seq_len": seq_len, "folder": f"{data.folder}{seq_len}"})
+        prepare(shaped, VOCAB, lines.append)
+        assert any(line.startswith("the validation split is small") for line in lines) == told
+
+
+def test_where_bos_is_eos_it_comes_once(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bytes, "eos_id", Bytes.bos_id)
+    manifest = prepare(data.model_copy(update={"tokenizer": "bytes"}), VOCAB, quiet)
+    assert manifest.eos_id == manifest.bos_id == 256
+    tokens = stored(data.folder, manifest.train)
+    assert (tokens[0], tokens[-1] < 256) == (256, True)
+    assert tokens.count(256) == manifest.train.documents
+    assert manifest.train.tokens == manifest.train.bytes + manifest.train.documents
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_verify_finds_all_damage(data: DataConfig) -> None:
+    manifest = prepare(data, VOCAB, quiet)
+    lines: list[str] = []
+    assert verify(data.folder, lines.append) == manifest
+    assert lines[-1].endswith("are what was prepared")
+    files = [Path(data.folder) / shard.file for shard in (*manifest.train.shards, *manifest.valid.shards)]
+    content = files[1].read_bytes()
+    for byte, block in ((0, 0), (255, 0), (256, 1), (len(content) - 1, (len(content) - 1) // 256)):
+        files[1].write_bytes(content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :])
+        with pytest.raises(UserError, match=rf"damaged: train-0-00001\.bin block {block} .* has another hash; copy it"):
+            verify(data.folder, quiet)
+    files[1].write_bytes(content[:-2])
+    with pytest.raises(UserError, match=rf"train-0-00001\.bin has {len(content) - 2} bytes instead of {len(content)};"):
+        verify(data.folder, quiet)
+    files[-1].unlink()
+    with pytest.raises(UserError, match=r"train-0-00001\.bin has .*, valid-0000\d\.bin cannot be read \(No such file"):
+        verify(data.folder, quiet)
+    for path in files[2:5]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"\(and 2 more\)"):
+        verify(data.folder, quiet)
+
+
+def test_verify_looks_at_the_tokenizer(data: DataConfig) -> None:
+    prepare(data, VOCAB, quiet)
+    (Path(data.folder) / "tokenizer.model").write_bytes(train_sentencepiece(["".join(WORDS)] * 9, 290))
+    with pytest.raises(UserError, match="does not hold the tokenizer that the tokens were made with"):
+        verify(data.folder, quiet)
+    with pytest.raises(UserError, match="holds no prepared data"):
+        verify(Path(data.folder).parent, quiet)
+
+
+def test_of_two_at_once_one_prepares(data: DataConfig) -> None:
+    """The other is told to wait, or finds it done."""
+    gate = threading.Barrier(2)
+
+    def attempt(_: int) -> Manifest | str:
+        gate.wait()
+        try:
+            return prepare(data, VOCAB, quiet)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(attempt, range(2)))
+    made = [result for result in results if isinstance(result, Manifest)]
+    assert made and all(result == made[0] for result in made)
+    assert all("another process is preparing" in result for result in results if isinstance(result, str))
+    assert verify(data.folder, quiet) == made[0]
