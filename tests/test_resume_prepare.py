@@ -209,6 +209,29 @@ def test_lost_weights_are_refused_until_it_is_done(stopped: DataConfig) -> None:
     assert prepare(without_weights(stopped), VOCAB, quiet) == manifest
 
 
+def shard_being_written(data: DataConfig) -> tuple[Path, int]:
+    """A file that is saved beyond its last full block, and where that block ends."""
+    progress = load_progress(data.folder)
+    assert progress is not None
+    states = {"train-0": progress.components[0], "train-1": progress.components[1], "valid": progress.valid}
+    name, state = next((name, state) for name, state in states.items() if state.rest[0] > 2)
+    return Path(data.folder) / f"{name}-{len(state.shards):05d}.bin", len(state.blocks) * 256
+
+
+def test_bytes_that_were_never_saved_are_cut_off(stopped: DataConfig) -> None:
+    """As after a power cut that kept the length of a file and not its bytes."""
+    shard, _ = shard_being_written(stopped)
+    with shard.open("ab") as file:
+        file.write(b"?" * 2000)
+    shard.with_name("train-0-00077.bin").write_bytes(b"of a longer corpus")
+    lines: list[str] = []
+    prepare(stopped, VOCAB, lines.append)
+    assert any(line.startswith("resuming after") for line in lines)
+    clean = at(stopped, "clean")
+    prepare(clean, VOCAB, quiet)
+    assert contents(stopped) == contents(clean)
+
+
 @pytest.mark.parametrize("change", ["done", "later", "more", "shard", "shorter"])
 def test_what_changed_in_between_starts_over(change: str, stopped: DataConfig, tmp_path: Path) -> None:
     """A text that is done, the number of texts, bytes that are saved; a later text is simply read as it is."""
@@ -219,12 +242,8 @@ def test_what_changed_in_between_starts_over(change: str, stopped: DataConfig, t
     elif change == "more":
         last.with_name("c.txt").write_text("tora")
     else:
-        progress = load_progress(stopped.folder)
-        assert progress is not None
-        states = {"train-0": progress.components[0], "train-1": progress.components[1], "valid": progress.valid}
-        name, state = next((name, state) for name, state in states.items() if state.rest[0] > 2)
-        shard = Path(stopped.folder) / f"{name}-{len(state.shards):05d}.bin"
-        content, start = shard.read_bytes(), len(state.blocks) * 256
+        shard, start = shard_being_written(stopped)
+        content = shard.read_bytes()
         shard.write_bytes(content[:start] + (b"xy" + content[start + 2 :] if change == "shard" else b""))
     lines: list[str] = []
     prepare(stopped, VOCAB, lines.append)
@@ -265,3 +284,14 @@ def test_progress_is_told(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> 
     total = manifest.train.tokens + manifest.valid.tokens
     assert told[-1].startswith(f"tokenised 30 documents, {total:,} tokens, 0 MB, ")
     assert told[-1].endswith("tokens/s, 100% done")
+
+
+def test_progress_is_live_on_a_terminal(
+    data: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    lines: list[str] = []
+    prepare(data, VOCAB, lines.append)
+    assert "tokenised 30 documents" in capsys.readouterr().out
+    assert not any("% done" in line for line in lines)
