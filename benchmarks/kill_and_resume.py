@@ -20,6 +20,8 @@ import numpy as np
 from lckv_jax.checkpoint import load
 from lckv_jax.train.metrics import read_metrics
 
+CLOCKS = ("seconds", "tokens_per_second", "data_wait", "device_flops_per_second", "mfu", "hfu")  # differ in every run
+
 
 def command(options: argparse.Namespace, folder: Path) -> list[str]:
     paths = [f"out={folder / 'run'}", f"data.folder={folder / 'data'}"]
@@ -37,7 +39,7 @@ def steps_saved(folder: Path) -> int:
 
 def without_clocks(folder: Path) -> list[dict]:
     records = read_metrics(folder / "run" / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in ("seconds", "tokens_per_second")} for record in records]
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in records]
 
 
 def run_undisturbed(options: argparse.Namespace, folder: Path) -> float:

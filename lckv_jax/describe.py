@@ -13,6 +13,7 @@ from lckv_jax.compiled import compile_step
 from lckv_jax.config import ModelConfig, RunConfig
 from lckv_jax.map_plot import draw_map
 from lckv_jax.memory import Memory, cache_bytes, memory
+from lckv_jax.model.kernels import choose_backend
 from lckv_jax.model.transformer import dim_sizes, parameter_dims
 from lckv_jax.sharing import KVSharing
 
@@ -23,9 +24,12 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(sizes[dim] for dim in dims) for dims in jax.tree.leaves(parameter_dims(config)))
 
 
-def attention_kernel(config: ModelConfig) -> tuple[str, str]:
-    """The attention kernel of this machine's devices, and why."""
-    return "xla", f"the only one for {jax.default_backend()} (model.attention={config.attention})"
+def attention_kernel(config: RunConfig) -> tuple[str, str]:
+    """The attention kernel that is described, and why: the config's own, or by `auto` that of this machine."""
+    wanted = config.model.attention
+    if wanted != "auto":  # also where this machine could not run it
+        return wanted, f"attention kernel: {wanted}, as model.attention says"
+    return choose_backend(config.model, seq_len=config.data.seq_len)
 
 
 def describe(config: RunConfig, *, compiled: bool = False, plot: Path | None = None) -> str:
@@ -88,7 +92,7 @@ def _cost_lines(config: RunConfig) -> Iterator[str]:
 
 
 def _memory_lines(config: RunConfig) -> Iterator[str]:
-    kernel, reason = attention_kernel(config.model)
+    kernel, reason = attention_kernel(config)
     needs = memory(config, kernel)
     devices = math.prod(needs.mesh.values())
     yield f"memory of one device of {devices} ({_mesh_text(needs.mesh)})"
@@ -107,7 +111,7 @@ def _memory_lines(config: RunConfig) -> Iterator[str]:
     yield _memory_row("at work", needs.working, "the layer or piece of the loss that needs most")
     yield _memory_row("together", sum(needs.state.values()) + needs.step, "")
     yield "  all but the exact rows by formula: within 1.5x of what XLA plans where it saves memory"
-    yield f"attention kernel: {kernel}, {reason}"
+    yield reason
 
 
 def _stored_note(config: RunConfig, needs: Memory) -> str:
@@ -124,7 +128,7 @@ def _compiled_lines(config: RunConfig) -> Iterator[str]:
     else:
         for name, size in step.memory.items():
             yield _memory_row(name, size, "")
-        formula = memory(config, attention_kernel(config.model)[0]).step
+        formula = memory(config, attention_kernel(config)[0]).step
         yield f"  the formula says {formula / step.memory['temporaries']:.2f} x these temporaries"
         if step.platform == "cpu":
             yield "  (on CPU XLA gives memory for parallelism, up to 2.5x where layers are not scanned)"

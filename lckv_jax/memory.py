@@ -41,10 +41,10 @@ class Memory(NamedTuple):
         return self.gradients + self.copies + self.stored + self.working
 
 
-def train_state(config: RunConfig, mesh: Any) -> tuple[optax.GradientTransformation, TrainState]:
+def train_state(config: RunConfig, mesh: Any) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
     """The optimiser, and the shapes, dtypes and shardings of the state on a mesh, which may be an abstract one."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    return optimizer, abstract_state(config.model, optimizer, mesh)
+    return optimizer, abstract_state(config, optimizer, mesh)
 
 
 def planned_mesh(config: MeshConfig) -> Mesh | AbstractMesh:

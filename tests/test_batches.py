@@ -96,10 +96,17 @@ def test_fields_equal_a_token_by_token_oracle(prepared: Prepared) -> None:
 
 def test_labels_of_chosen_rows() -> None:
     rows = np.array([[1, 7, 8, 2, 1, 9], [7, 2, 1, 2, 1, 5]], np.int32)
-    batch = label_rows(rows, bos_id=1)
+    batch = label_rows(rows, bos_id=1, eos_id=2)
     assert batch["labels"].tolist() == [[-100, 7, 8, 2, -100, 9], [7, 2, -100, 2, -100, 5]]
     assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 3, 3]]
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 0, 1]]
+
+
+def test_a_start_that_is_also_an_end_is_predicted() -> None:
+    """With one token for both, nothing else would teach the model to end a text."""
+    batch = label_rows(np.array([[1, 7, 8, 1, 9, 1]], np.int32), bos_id=1, eos_id=1)
+    assert batch["labels"].tolist() == [[1, 7, 8, 1, 9, 1]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 3]]
 
 
 def test_batch_depends_on_seed_and_step_alone(prepared: Prepared) -> None:

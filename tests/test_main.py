@@ -2,10 +2,12 @@
 
 import sys
 import types
+from unittest.mock import Mock
 
 import pytest
 
 from lckv_jax.__main__ import main
+from lckv_jax.errors import Stopped, UserError
 
 
 def run(capsys, *arguments):
@@ -158,15 +160,11 @@ def test_flags_and_overrides_in_any_order(tiny_config, tmp_path, capsys, monkeyp
     assert "--plot train.steps=9" in refuses(capsys, "describe", tiny_config, "--plot", "train.steps=9")
 
 
-def test_what_a_command_returns_is_the_exit_code(tiny_config, capsys, monkeypatch):
-    def interrupted(config):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lckv_jax.train.loop.train", lambda config: 42)
-    assert main(["train", str(tiny_config)]) == 42
-    monkeypatch.setattr("lckv_jax.train.loop.train", interrupted)
-    assert main(["train", str(tiny_config)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+def test_how_a_command_ends_is_the_exit_code(tiny_config, capsys, monkeypatch):
+    for exception, code in ((KeyboardInterrupt, 130), (Stopped("saved"), 42), (UserError("mend it"), 2)):
+        monkeypatch.setattr("lckv_jax.train.loop.train", Mock(side_effect=exception))
+        assert main(["train", str(tiny_config)]) == code
+        assert any(word in capsys.readouterr().err for word in ("the same command goes on", "saved", "error: mend it"))
 
 
 def test_evaluate_and_verify_are_handed_on(tiny_config, tmp_path, capsys, monkeypatch):

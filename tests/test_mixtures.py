@@ -148,7 +148,7 @@ def test_hosts_must_divide_the_batch(prepared) -> None:
 
 def test_joined_rows_are_one_text() -> None:
     rows = np.array([[1, 7, 8, 2, 1, 9], [7, 2, 1, 2, 1, 5], [IGNORE] * 6], np.int32)
-    batch = label_rows(rows, bos_id=1, packing="joined")
+    batch = label_rows(rows, bos_id=1, eos_id=2, packing="joined")
     assert {(array.shape, array.dtype.name) for array in batch.values()} == {((3, 6), "int32")}
     assert batch["labels"].tolist() == rows.tolist()
     assert batch["tokens"].tolist() == [*rows[:2].tolist(), [0] * 6]

@@ -336,3 +336,13 @@ def test_of_two_at_once_one_prepares(data: DataConfig) -> None:
     assert made and all(result == made[0] for result in made)
     assert all("another process is preparing" in result for result in results if isinstance(result, str))
     assert verify(data.folder, quiet) == made[0]
+
+
+def test_a_tokenizer_in_the_folder_to_be_made_is_not_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "ready").mkdir()
+    model = tmp_path / "ready" / "tokenizer.model"
+    model.write_bytes(b"somebody's own")
+    data = DataConfig(tokenizer=str(model), folder=str(tmp_path / "ready"))
+    with pytest.raises(UserError, match="lies in data.folder"):
+        prepare(data, 512)
+    assert model.read_bytes() == b"somebody's own"

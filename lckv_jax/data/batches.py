@@ -155,7 +155,7 @@ def batches(
             filler = [np.full(seq_len + 1, IGNORE, np.int32)] * missing
             rows = grain.MapDataset.concatenate([rows, grain.MapDataset.source(filler)])
     parts = rows.batch(batch_size // hosts, drop_remainder=True)[host::hosts]
-    return parts.map(partial(label_rows, bos_id=manifest.bos_id, packing=packing))
+    return parts.map(partial(label_rows, bos_id=manifest.bos_id, eos_id=manifest.eos_id, packing=packing))
 
 
 def _endless_rows(
@@ -192,11 +192,12 @@ def iterate(dataset: grain.MapDataset[Batch], start_step: int = 0, prefetch: int
     return iterator
 
 
-def label_rows(tokens_BT: np.ndarray, bos_id: int, packing: Packing = "masked") -> Batch:
+def label_rows(tokens_BT: np.ndarray, bos_id: int, eos_id: int, packing: Packing = "masked") -> Batch:
     """A batch from int32 rows of packed documents, each of which begins with BOS.
 
-    masked: labels are the tokens (the loss shifts them), -100 for the first token of a document; segment_ids 1, 2, ...
-    in each row; positions from 0 in each document, and in the rest of one that the row's start cuts.
+    masked: labels are the tokens (the loss shifts them), -100 for the first token of a document, unless BOS is also
+    EOS: then it is the end of the document before, which predicts it; segment_ids 1, 2, ... in each row; positions from
+    0 in each document, and in the rest of one that the row's start cuts.
     joined: a row is one text, with a label for each token, segment 1, and positions from 0.
     A row of -100 becomes tokens 0 without labels.
     """
@@ -206,7 +207,7 @@ def label_rows(tokens_BT: np.ndarray, bos_id: int, packing: Packing = "masked") 
         labels_BT, segments_BT, positions_BT = tokens_BT, np.ones_like(tokens_BT), columns_BT.copy()
     else:
         first_BT = tokens_BT == bos_id
-        labels_BT = np.where(first_BT, np.int32(IGNORE), tokens_BT)
+        labels_BT = tokens_BT if bos_id == eos_id else np.where(first_BT, np.int32(IGNORE), tokens_BT)
         segments_BT = np.cumsum(first_BT, axis=1, dtype=np.int32) + ~first_BT[:, :1]
         positions_BT = columns_BT - np.maximum.accumulate(columns_BT * first_BT, axis=1)
     return {

@@ -71,6 +71,10 @@ def prepare(data: DataConfig, vocab_size: int, report: Report = print) -> Manife
     folder = Path(data.folder).expanduser()
     if manifest := _ready(data, vocab_size, folder):
         return manifest
+    if data.tokenizer != "train" and Path(data.tokenizer).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"data.tokenizer={data.tokenizer} lies in data.folder, where prepare writes and clears; move it elsewhere"
+        )
     started = time.monotonic()
     with _alone(folder):
         if manifest := _ready(data, vocab_size, folder):  # another process has just finished

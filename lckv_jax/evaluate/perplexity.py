@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ from lckv_jax.evaluate.rows import Batch, Text, list_batch, read_text, text_batc
 from lckv_jax.model.layers import Params
 from lckv_jax.model.loss import IGNORED, token_nll
 from lckv_jax.model.refine import Passes, stop_rule
+
+if TYPE_CHECKING:
+    from lckv_jax.data.batches import Packing
 
 _BATCH_TOKENS = 8192  # of a batch that `score` makes
 _LEAST_LENGTH = 16  # shorter rows are filled up to it
@@ -190,7 +193,7 @@ def measure(
     seq_len: int,
     batch_size: int,
     *,
-    packing: str = "masked",
+    packing: Packing = "masked",
     console: Console | None = None,
 ) -> list[Report]:
     """One report for each of the settings of `passes`, all of them on the same batches.

@@ -13,6 +13,7 @@ from lckv_jax.errors import UserError
 from lckv_jax.model.loss import IGNORED
 
 if TYPE_CHECKING:
+    from lckv_jax.data.batches import Packing
     from lckv_jax.data.tokenizer import Tokenizer
 
 _READ_TOKENS = 4096  # of a prepared split at once
@@ -21,7 +22,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Text(NamedTuple):
-    """Documents as they are trained on: BOS, tokens, EOS, one after the other, int32 [tokens].
+    """Documents as they are trained on: BOS, tokens, EOS (unless it is BOS), one after the other, int32 [tokens].
 
     bytes: of their text in UTF-8; None where that is not known.
     """
@@ -30,6 +31,7 @@ class Text(NamedTuple):
     tokens: np.ndarray
     bytes: int | None
     bos_id: int
+    eos_id: int
 
 
 def read_text(
@@ -71,7 +73,9 @@ def _read_split(run: RunConfig, limit: int | None, tokenizer: Tokenizer | None) 
     windows = Windows(folder, manifest, "valid", _READ_TOKENS) if whole else []
     parts = [windows[i][:-1] for i in range(whole)] + [pairs[i][:1] for i in range(whole * _READ_TOKENS, total - 1)]
     tokens = np.concatenate([*parts, pairs[total - 2][1:]])
-    return Text(f"validation split of {run.data.folder}", tokens, manifest.valid.bytes, manifest.bos_id)
+    return Text(
+        f"validation split of {run.data.folder}", tokens, manifest.valid.bytes, manifest.bos_id, manifest.eos_id
+    )
 
 
 def _read_files(files: Sequence[SourceConfig], limit: int | None, tokenizer: Tokenizer | None) -> Text:
@@ -80,18 +84,19 @@ def _read_files(files: Sequence[SourceConfig], limit: int | None, tokenizer: Tok
 
     if tokenizer is None:
         raise UserError("the run has no tokenizer to read files with; put its tokenizer back beside checkpoints/")
+    end = [tokenizer.eos_id] * (tokenizer.eos_id != tokenizer.bos_id)
     parts: list[np.ndarray] = []
     tokens = size = 0
-    for document in documents([source.path for source in files]):
+    for document in documents(files):
         ids = tokenizer.encode_batch([document.text])[0]
-        parts.append(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(np.int32))
+        parts.append(np.concatenate(([tokenizer.bos_id], ids, end)).astype(np.int32))
         tokens, size = tokens + len(parts[-1]), size + len(document.text.encode())
         if limit is not None and tokens > limit:
             break
     names = ", ".join(source.path for source in files)
     if not parts:
         raise UserError(f"files: no text but white space in {names}; name files with UTF-8 text")
-    return Text(f"{len(parts)} documents of {names}", np.concatenate(parts), size, tokenizer.bos_id)
+    return Text(f"{len(parts)} documents of {names}", np.concatenate(parts), size, tokenizer.bos_id, tokenizer.eos_id)
 
 
 def _text_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
@@ -100,7 +105,7 @@ def _text_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
     return sum(len(tokenizer.decode(part.tolist()).encode()) for part in np.split(tokens, starts))
 
 
-def text_batches(text: Text, seq_len: int, batch_size: int, packing: str) -> Iterator[Batch]:
+def text_batches(text: Text, seq_len: int, batch_size: int, packing: Packing) -> Iterator[Batch]:
     """The text in rows of seq_len + 1 that share their first or last token with a neighbour, laid out as in training.
 
     Every batch has one shape; what fills up the last row and the last batch has no label, and position -1.
@@ -115,12 +120,7 @@ def text_batches(text: Text, seq_len: int, batch_size: int, packing: str) -> Ite
         for row, start in enumerate(starts[first : first + batch_size]):
             part = text.tokens[start : start + seq_len + 1]
             tokens_BT[row, : len(part)], lengths_B[row] = part, len(part)
-        batch = label_rows(tokens_BT, text.bos_id, batch_size)
-        if packing == "joined":
-            positions_BT = np.broadcast_to(np.arange(seq_len + 1, dtype=np.int32), tokens_BT.shape)
-            segments_BT = np.ones_like(tokens_BT)
-            batch = {"tokens": tokens_BT, "labels": tokens_BT, "segment_ids": segments_BT, "positions": positions_BT}
-        yield _without_padding(batch, lengths_B)
+        yield _without_padding(label_rows(tokens_BT, text.bos_id, text.eos_id, packing), lengths_B)
 
 
 def list_batch(lists: Sequence[np.ndarray], length: int) -> Batch:
