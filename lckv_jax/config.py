@@ -61,11 +61,11 @@ class Frozen(BaseModel):
 class RopeScaling(Frozen):
     """Rotary frequencies for contexts beyond the trained one, as in Hugging Face's `rope_scaling`."""
 
-    type: Literal["linear", "llama3"]
-    factor: float = Field(ge=1.0)
-    low_freq_factor: float = Field(default=1.0, gt=0.0, description="llama3 only")
-    high_freq_factor: float = Field(default=4.0, gt=0.0, description="llama3 only")
-    original_max_position_embeddings: Positive = Field(default=8192, description="llama3 only")
+    type: Literal["linear", "llama3"] = Field(description="`linear` stretches all frequencies, `llama3` the low ones")
+    factor: float = Field(ge=1.0, description="how many times longer the context becomes")
+    low_freq_factor: float = Field(default=1.0, gt=0.0, description="llama3 only: fewer turns are stretched")
+    high_freq_factor: float = Field(default=4.0, gt=0.0, description="llama3 only: more turns are kept")
+    original_max_position_embeddings: Positive = Field(default=8192, description="llama3 only: the trained context")
 
     @model_validator(mode="after")
     def _check_bands(self) -> RopeScaling:
@@ -101,8 +101,8 @@ class ModelConfig(Frozen):
     tolerance: float = Field(
         default=0.0, ge=0.0, description="stop no-grad passes at this relative K,V change; 0 = run all m"
     )
-    rope_theta: float = Field(default=10000.0, gt=0.0)
-    rope_scaling: RopeScaling | None = None
+    rope_theta: float = Field(default=10000.0, gt=0.0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(default=None, description="for contexts beyond the trained one")
     norm_eps: float = Field(default=1e-5, gt=0.0, description="RMSNorm epsilon")
     tie_embeddings: bool = Field(default=False, description="the head is the transposed embedding")
     attention_bias: bool = Field(default=False, description="biases on wq, wk, wv, wo")
@@ -324,12 +324,12 @@ class RunConfig(Frozen):
 
     out: str = Field(description="folder of the run: checkpoints, metrics, plots")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the initial weights and the order of the data")
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig
-    metrics: MetricsConfig = MetricsConfig()
-    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig = Field(description="sizes, sharing map and passes")
+    data: DataConfig = Field(default=DataConfig(), description="text, tokens and batches")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="update rule and learning rate")
+    train: TrainConfig = Field(description="how long, and what happens on the way")
+    metrics: MetricsConfig = Field(default=MetricsConfig(), description="what is told")
+    mesh: MeshConfig = Field(default=MeshConfig(), description="how devices split the work")
     allow_changes: Strings = Field(
         default=(), description="fields that may differ from the checkpoint at resume, such as optimizer.learning_rate"
     )

@@ -134,7 +134,6 @@ def test_the_formula_is_near_what_the_compiler_plans():
         ["model.sharing=lckv", "data.seq_len=256"],
         ["model.sharing=standard", "data.seq_len=256"],
         ["model.sharing=lckv", "data.seq_len=128", "model.remat=none"],
-        ["model.sharing=yoco", "data.seq_len=256"],
     ]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0",
