@@ -99,16 +99,17 @@ def _memory_lines(config: RunConfig) -> Iterator[str]:
     if devices != jax.device_count():
         yield f"  (this machine has {jax.device_count()}: computed for the config's mesh, an axis of -1 taken as 1)"
     named = {"params": "parameters", "opt": f"optimiser state ({config.optimizer.name})", "ema": "average (ema)"}
-    for part, size in needs.state.items():
-        if part in named:
-            yield _memory_row(named[part], size, "exact")
+    for part, name in named.items():
+        if part in needs.state:
+            yield _memory_row(name, needs.state[part], "exact")
     accumulated = ", of the sum and of a micro-batch" if config.train.accumulation > 1 else ""
     yield _memory_row("gradients", needs.gradients, f"float32{accumulated}")
     yield _memory_row(
         "copies of weights", needs.copies, f"slices in {config.model.dtype}, gathered over fsdp, gradients"
     )
     yield _memory_row("stored activations", needs.stored, _stored_note(config, needs))
-    yield _memory_row("at work", needs.working, "the layer or piece of the loss that needs most")
+    fused = "" if kernel != "xla" else f"; {memory(config, 'fused').working / 2**20:,.1f} with a fused attention kernel"
+    yield _memory_row("at work", needs.working, f"the layer or piece of the loss that needs most{fused}")
     yield _memory_row("together", sum(needs.state.values()) + needs.step, "")
     yield "  all but the exact rows by formula: within 1.5x of what XLA plans where it saves memory"
     yield reason

@@ -57,7 +57,7 @@ def planned_mesh(config: MeshConfig) -> Mesh | AbstractMesh:
 
 
 def memory(config: RunConfig, backend: str) -> Memory:
-    """The memory of a run on one device of its mesh, with the attention kernel `backend`.
+    """The memory of a run on one device of its mesh, with the attention kernel `backend`; all but `xla` are fused.
 
     Raises UserError if an axis of the mesh does not divide what it splits.
     """

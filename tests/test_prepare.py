@@ -343,6 +343,6 @@ def test_a_tokenizer_in_the_folder_to_be_made_is_not_cleared_away(tmp_path: Path
     model = tmp_path / "ready" / "tokenizer.model"
     model.write_bytes(b"somebody's own")
     data = DataConfig(tokenizer=str(model), folder=str(tmp_path / "ready"))
-    with pytest.raises(UserError, match="lies in data.folder"):
+    with pytest.raises(UserError, match=r"lies in data\.folder"):
         prepare(data, 512)
     assert model.read_bytes() == b"somebody's own"
