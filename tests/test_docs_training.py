@@ -66,7 +66,6 @@ def test_rows_tell_values_and_defaults():
 def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
     action, subject, *rest = command
     if action == "evaluate":
-        pytest.importorskip("lckv_jax.evaluate.perplexity")
         subject = str(request.getfixturevalue("trained") / "run")
     else:
         assert (ROOT / subject).is_file()
