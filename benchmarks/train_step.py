@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lckv_jax.config import RunConfig, load_config
 from lckv_jax.parallel.mesh import batch_sharding, make_mesh
@@ -25,16 +26,21 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SHAPES = [(1, 512), (4, 256)]
 
 
+def random_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.Array]:
+    """One document a row, of random tokens."""
+    shape = (config.data.batch_size, config.data.seq_len + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    ones = np.ones(shape, np.int32)
+    batch = {"tokens": tokens, "labels": tokens, "segment_ids": ones, "positions": np.cumsum(ones, 1) - 1}
+    return jax.device_put({k: v.astype(np.int32) for k, v in batch.items()}, batch_sharding(mesh))
+
+
 def prepare_step(config: RunConfig):
     """A function that makes one step and waits for it, and the seconds that compiling took."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        shape = (config.data.batch_size, config.data.seq_len + 1)
-        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-        ones = np.ones(shape, np.int32)
-        batch = {"tokens": tokens, "labels": tokens, "segment_ids": ones, "positions": np.cumsum(ones, 1) - 1}
-        batch = jax.device_put({k: v.astype(np.int32) for k, v in batch.items()}, batch_sharding(mesh))
+        batch = random_batch(config, mesh)
         started = time.perf_counter()
         compiled = (
             make_train_step(config, optimizer, mesh).lower(abstract_state(config, optimizer, mesh), batch).compile()

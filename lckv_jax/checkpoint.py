@@ -59,12 +59,9 @@ def open_checkpoints(folder: str | Path, keep: int, keep_best: int = 0) -> Itera
     where = _absolute(folder)
     try:
         if jax.process_index() == 0 and where.exists():
-            for path in where.iterdir():
-                if path.name.isdecimal() and not any(path.iterdir()):
-                    path.rmdir()  # orbax would take it for a step
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=Retention(keep, keep_best, read_losses(where)), cleanup_tmp_directories=True
-        )
+            _remove_leftovers(where)
+        policy = Retention(keep, keep_best, read_losses(where))
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         with reading_quietly():
             manager = ocp.CheckpointManager(where, options=options)
     except OSError as error:
@@ -206,6 +203,15 @@ def load(
     if tokenizer is not None and meta["tokenizer"] not in ("", tokenizer.fingerprint):
         raise UserError(f"what {run} holds is not the tokenizer that the run was trained with; put that one back")
     return state["params"], config, tokenizer
+
+
+def _remove_leftovers(folder: epath.Path) -> None:
+    """What killed or failed saves left. (Orbax would do it too, but in the background, while the disk may be full.)"""
+    for path in folder.iterdir():
+        if path.name.endswith(ocp.utils.TMP_DIR_SUFFIX):
+            path.rmtree()
+        elif path.name.isdecimal() and not any(path.iterdir()):
+            path.rmdir()  # orbax would take it for a step
 
 
 @contextlib.contextmanager
