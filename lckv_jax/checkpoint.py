@@ -197,12 +197,17 @@ def load(
             f"{folder}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100"
         )
     config = build_config(RunConfig, meta["config"], f"{folder}: config of step {meta['step']}")
+    return state["params"], config, _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
+
+
+def _load_tokenizer(run: Path, fingerprint: str) -> Tokenizer | None:
+    """The tokenizer in a run folder, None if it has none. Raises UserError if it is not the one of the checkpoint."""
     from lckv_jax.data.tokenizer import find_tokenizer  # only here: models without text need no tokenizer library
 
-    tokenizer = find_tokenizer(Path(os.fspath(run)))
-    if tokenizer is not None and meta["tokenizer"] not in ("", tokenizer.fingerprint):
+    tokenizer = find_tokenizer(run)
+    if tokenizer is not None and fingerprint not in ("", tokenizer.fingerprint):
         raise UserError(f"what {run} holds is not the tokenizer that the run was trained with; put that one back")
-    return state["params"], config, tokenizer
+    return tokenizer
 
 
 def _remove_leftovers(folder: epath.Path) -> None:

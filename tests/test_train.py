@@ -20,6 +20,7 @@ from lckv_jax.errors import UserError
 from lckv_jax.train import loop
 from lckv_jax.train.loop import train
 from lckv_jax.train.metrics import MetricsFile, read_metrics
+from lckv_jax.train.run_folder import held
 
 
 class Killed(Exception):
@@ -248,6 +249,13 @@ def test_a_finished_run_goes_on_with_more_steps_if_that_is_allowed(finished_conf
     train(load_config(finished_config, overrides))  # the change is the run's own now
     with pytest.raises(UserError, match=r"checkpoint of step 8 is past train.steps=6"):
         train(load_config(finished_config, ["data.batch_size=2", "allow_changes=[train.steps]"]))
+
+
+def test_a_second_run_in_the_folder_is_refused(tiny_config, tmp_path):
+    with held(tmp_path / "run", print), pytest.raises(UserError, match="run is being trained by process"):
+        train(load_config(tiny_config))
+    with pytest.raises(UserError, match=r"allow_changes: .* did you mean train.steps"):
+        train(load_config(tiny_config, ["allow_changes=[steps]"]))
 
 
 def test_the_best_checkpoint_stays(tiny_config, tmp_path, monkeypatch):
