@@ -212,7 +212,7 @@ def measure(
             seconds = time.monotonic() - started
             if not np.isfinite(nll_BT).all():
                 raise UserError(
-                    f"passes={passes}: the loss is not finite; the parameters of this checkpoint are of no use, "
+                    f"passes={_name(passes)}: the loss is not finite; the parameters of this checkpoint are of no use, "
                     "evaluate an earlier one"
                 )
             real_B = counts_BT.any(axis=1)  # other rows fill up the batch
@@ -256,7 +256,7 @@ def _table(config: ModelConfig, reports: Sequence[Report]) -> Iterator[str]:
     columns = {"perplexity": 11, "nats/token": 11, "bits/byte": 10, "made (max)": 12, "residual": 10, "tok/s": 9}
     yield f"{'passes':<16}" + "".join(f"{name:>{width}}" for name, width in columns.items())
     for report in reports:
-        name = str(report.passes) if config.sharing.cyclic else "any"
+        name = _name(report.passes) if config.sharing.cyclic else "any"
         if report.passes == "trained" and config.sharing.cyclic:
             name += f" ({config.no_grad_passes} + {config.grad_passes})"
         bits = "unknown" if report.bits_per_byte is None else f"{report.bits_per_byte:.4f}"
@@ -268,13 +268,17 @@ def _table(config: ModelConfig, reports: Sequence[Report]) -> Iterator[str]:
     for report in reports:
         if exact is not None and report is not exact:
             yield (
-                f"{report.passes} - exact: perplexity {report.perplexity - exact.perplexity:+.4f}, "
+                f"{_name(report.passes)} - exact: perplexity {report.perplexity - exact.perplexity:+.4f}, "
                 f"nats/token {report.nats - exact.nats:+.2e}"
             )
     if not config.sharing.cyclic:
         yield f"no layer of the map {config.sharing} reads above itself: one pass is exact, whatever `passes` says"
     seconds = ", ".join(f"{report.seconds:.1f} s" for report in reports)
     yield f"{reports[0].tokens:,} tokens predicted in {seconds} (compilation left out)"
+
+
+def _name(passes: Passes) -> str:
+    return passes if isinstance(passes, str) else f"{passes:g}"
 
 
 def _told(batches: Iterator[Batch], text: Text, batch_tokens: int, console: Console | None) -> Iterator[Batch]:
