@@ -63,8 +63,8 @@ def test_spikes_are_left_out_as_in_the_plain_reference():
 
 def test_a_nan_does_not_blind_the_window():
     config = TrainConfig(steps=9, skip_spikes=3.0, spike_window=4)
-    found, spikes = causes(config, [(5, 1), (5.1, 1), (NAN, NAN), (INF, 1), (50, 1), (5.05, 1)])
-    assert found == [0, 0, 1, 1, 1, 0]
+    found, spikes = causes(config, [(5, 1), (5.1, 1), (5, 1), (5.1, 1), (NAN, NAN), (50, 1), (INF, 1)])
+    assert found == [0, 0, 0, 0, 1, 1, 1]
     assert np.isfinite(spikes["window"]).all()
 
 
