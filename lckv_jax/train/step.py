@@ -49,12 +49,11 @@ def train_step(
     grads, aux = mean_gradients(config, params, batch, no_grad_passes_at(config, step))
     loss, grad_norm = aux["nll"] / jnp.maximum(aux["count"], 1), optax.tree.norm(grads)
     cause, spikes = observe(config.train, state["spikes"], step, loss, grad_norm)
-    updates, opt = optimizer.update(grads, state["opt"], params, step=step)
-    new = {"params": optax.apply_updates(params, updates), "opt": opt}
-    if config.train.ema_decay:
-        made = step - state["spikes"]["skipped"]
-        new["ema"] = _averaged(state["ema"], new["params"], config.train.ema_decay, made)
-    new = jax.tree.map(partial(jnp.where, cause == 0), new, {name: state[name] for name in new})
+    made = step - state["spikes"]["skipped"]
+    old = {name: state[name] for name in ("params", "opt", "ema") if name in state}
+    # a branch, not a selection: that would hold moments from before and after at once
+    update = partial(_updated, config, optimizer)
+    new = jax.lax.cond(cause == 0, update, lambda old, *_: old, old, grads, step, made)
     new |= {"spikes": spikes, "step": step + 1}
     return new, {
         "loss": loss,
@@ -69,6 +68,22 @@ def train_step(
         "skip_cause": cause,
         **(layer_gradient_norms(config.model, grads) if config.metrics.layer_gradient_norms else {}),
     }
+
+
+def _updated(
+    config: RunConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    old: TrainState,
+    grads: Any,
+    step: jax.Array,
+    made: jax.Array,
+) -> TrainState:
+    """params, opt and ema after one more update."""
+    updates, opt = optimizer.update(grads, old["opt"], old["params"], step=step)
+    new = {"params": optax.apply_updates(old["params"], updates), "opt": opt}
+    if "ema" in old:
+        new["ema"] = _averaged(old["ema"], new["params"], config.train.ema_decay, made)
+    return new
 
 
 def mean_gradients(
