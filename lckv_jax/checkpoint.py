@@ -1,7 +1,8 @@
 """Checkpoints of a run: orbax writes them in the background, and every leaf is verified when it is read.
 
-On disk: FOLDER/STEP/ with the items `params`, `rest` (the rest of the train state) and `meta` (JSON). Orbax sees to it
-that a step appears whole or not at all, but not that its bits stay: `meta` holds a fingerprint of every leaf.
+On disk: FOLDER/STEP/ with the items `params`, `ema` (their average, if the run keeps one), `rest` (of the train state)
+and `meta` (JSON). Orbax sees to it that a step appears whole or not at all, but not that its bits stay: `meta` holds a
+fingerprint of every leaf.
 """
 
 from __future__ import annotations
@@ -173,8 +174,9 @@ def load(
     """Parameters, configuration and tokenizer of a run folder (its newest usable step) or of one checkpoint in it.
 
     run_or_checkpoint: RUN, which holds `checkpoints/`, or RUN/checkpoints/STEP. Nothing in it is changed, so a run that
-    is being trained can be loaded. The parameters are verified and lie on this process' first device; the tokenizer is
-    the one in RUN, None where there is none. `report` is told of steps passed over.
+    is being trained can be loaded. The parameters, or their average where the run keeps one (train.ema_decay), are
+    verified and lie on this process' first device; the tokenizer is the one in RUN, None where there is none. `report`
+    is told of steps passed over.
     Raises UserError if the folder is neither, or holds no usable checkpoint.
     """
     quieten_orbax()
@@ -197,7 +199,7 @@ def load(
             f"{folder}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100"
         )
     config = build_config(RunConfig, meta["config"], f"{folder}: config of step {meta['step']}")
-    return state["params"], config, _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
+    return state.get("ema", state.get("params", {})), config, _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
 
 
 def _load_tokenizer(run: Path, fingerprint: str) -> Tokenizer | None:
@@ -272,11 +274,13 @@ def _set_aside(manager: ocp.CheckpointManager, steps: tuple[int, ...]) -> epath.
 
 
 def _select_params(meta: Meta) -> State:
+    """The parameters to evaluate: their average where the run keeps one."""
+    wanted = "ema." if any(path.startswith("ema.") for path in meta["leaves"]) else "params."
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     leaves = {
         path: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
         for path, (dtype, shape, _) in meta["leaves"].items()
-        if path.startswith("params.")
+        if path.startswith(wanted)
     }
     return traverse_util.unflatten_dict(leaves, sep=".")
 

@@ -50,9 +50,10 @@ def read_losses(folder: epath.Path) -> dict[int, float | None]:
 
 
 def state_items(state: State) -> dict[str, Any]:
-    """The state as it lies on disk: the parameters apart, so that they can be read alone."""
-    rest = {name: tree for name, tree in state.items() if name != "params"}
-    return {"params": state["params"]} | ({"rest": rest} if rest else {})
+    """The state as it lies on disk: parameters, and their average, apart, so that they can be read alone."""
+    apart = {name: tree for name, tree in state.items() if name in ("params", "ema")}
+    rest = {name: tree for name, tree in state.items() if name not in apart}
+    return apart | ({"rest": rest} if rest else {})
 
 
 def digest(meta: Mapping[str, Any]) -> str:
@@ -69,7 +70,8 @@ def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[Stat
     abstract = select(meta)
     items = {name: ocp.args.StandardRestore(tree) for name, tree in state_items(abstract).items()}
     restored = _together(lambda: _read(folder, **items))
-    state = {"params": restored["params"], **restored.get("rest", {})}
+    rest = restored.pop("rest", {})
+    state = {**restored, **rest}
     wrong = [path for path, leaf in describe_leaves(state).items() if leaf != meta["leaves"].get(path)]
     if wrong:
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""

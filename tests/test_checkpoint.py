@@ -352,6 +352,14 @@ def test_load_a_run_and_a_step(tmp_path, monkeypatch):
         load(tmp_path)
 
 
+def test_load_gives_the_average_of_the_parameters_where_there_is_one(tmp_path):
+    state = make_state(1) | {"ema": make_state(7)["params"]}
+    with open_checkpoints(tmp_path / "checkpoints", 5) as manager:
+        save(manager, state, CONFIG)
+    assert_same_state(load(tmp_path)[0], make_state(7)["params"])
+    assert_same_state(restore_lines(tmp_path / "checkpoints", abstract(state))[0], state)
+
+
 def test_load_reads_the_parameters_only_and_changes_nothing(tmp_path):
     save_steps(tmp_path / "checkpoints", 1, 2)
     (leftover := tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()  # a save in flight, maybe
