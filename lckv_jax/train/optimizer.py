@@ -49,17 +49,17 @@ def decayed(params: Any) -> Any:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, the rule called `config.name`, decoupled weight decay of matrices, learning rate.
 
-    The learning rate is that of the argument `step` of `update`, so a step that is left out does not delay it.
-    Peak rates: of the 2.4M parameters of configs/quickstart.yaml, and roughly of models of 0.1 to 1 billion.
+    The learning rate is that of the argument `step` of `update`, so an update that is left out does not delay it.
+    What each rule uses, and peak learning rates: first for configs/quickstart.yaml (1.6M parameters; measured, see
+    benchmarks/optimizers.py), then customary ones for 0.1 to 1 billion parameters.
 
-    | name | uses | rates | |
-    |---|---|---|---|
-    | adamw | b1, b2, eps | 3e-3, 3e-4 to 1e-3 | 1711.05101 |
-    | lion | b1, b2 | 5e-4, 5e-5 to 2e-4 | 2302.06675; a 3 to 10 times smaller rate, as much more weight_decay |
-    | adafactor | neither | 3e-3, 3e-4 to 1e-3 | 1804.04235; no momentum, one row and one column of second moments a \
-matrix, each layer's update clipped to a root mean square of 1; the rate is not scaled by the parameters |
-    | muon | b1, b2, eps | 3e-3, 3e-4 to 1e-3 | 2502.16982; b1 is its momentum too (0.95 is usual); the matrices of \
-each layer by themselves, scaled so that AdamW's rate and weight decay fit; the rest by AdamW |
+    adamw (1711.05101): b1, b2, eps. 3e-3; 3e-4 to 1e-3.
+    lion (2302.06675): b1, b2. 5e-4; 5e-5 to 2e-4. Every weight moves by the whole rate, so it is 3 to 10 times smaller
+    than AdamW's, and weight_decay as much larger.
+    adafactor (1804.04235): neither. 3e-3; 3e-4 to 1e-3. No momentum, and one row and one column of second moments a
+    matrix; the update of each layer's array is clipped to a root mean square of 1, the rate not scaled by parameters.
+    muon (2502.16982): b1, b2, eps. 3e-3; 3e-4 to 1e-3. Each layer's matrices by themselves, b1 their momentum (0.95 is
+    customary), scaled so that AdamW's rate and weight decay fit; embeddings, head, norms and biases by AdamW.
     """
     parts = [
         _rule(config),
@@ -82,9 +82,7 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
             rule = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.clip_by_block_rms(1.0))
             return _each_layer(rule)
         case "muon":
-            muon = contrib.scale_by_muon(
-                beta=config.b1, eps=config.eps, weight_dimension_numbers=_muon_axes, mu_dtype=jnp.float32
-            )
+            muon = contrib.scale_by_muon(beta=config.b1, eps=config.eps, weight_dimension_numbers=_muon_axes)
             return optax.partition(
                 {"muon": optax.chain(muon, optax.stateless(_as_large_as_adam)), "adam": adam}, _labels
             )
