@@ -88,8 +88,8 @@ def _refusal(kernel: str, call: Call) -> tuple[str, str] | None:
         return f"needs a TPU, and this is {call.platform}", "set model.attention=xla"
     if call.dtype == "float64":
         return "does not compute in float64", "set model.dtype=bfloat16"
-    if call.head_dim % 64 or call.head_dim > 256:
-        return f"takes no head size {call.head_dim}", "set model.head_dim to a multiple of 64 up to 256"
+    if call.head_dim % 8 or call.head_dim > 256:
+        return f"takes no head size {call.head_dim}", "set model.head_dim to a multiple of 8 up to 256"
     if call.q_len != call.k_len:
         return f"reads a row against itself, not {call.k_len} keys from {call.q_len} queries", "set model.attention=xla"
     if call.q_len is not None and call.q_len % _SPLASH_BLOCKS[-1]:
