@@ -23,9 +23,12 @@ from lckv_jax.model.loss import loss
 from lckv_jax.model.transformer import init_params
 
 ROOT = Path(__file__).resolve().parent.parent
+UNOPTIMIZED = (
+    {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+)  # compiles in half the time
 CONFIG = ModelConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=16,
-    sharing="lckv(warmup=2)", no_grad_passes=2, grad_passes=2, window=5, init_std=0.2, remat="attention",
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16,
+    sharing="0_3_3_3", no_grad_passes=1, grad_passes=2, window=5, init_std=0.2, remat="attention",
 )  # fmt: skip
 
 
@@ -73,7 +76,8 @@ def with_gradients(qkv, kind, backend="xla", **options):
         weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
         return jnp.sum(out.astype(jnp.float32) * weights), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(qkv)
+    both = jax.value_and_grad(objective, has_aux=True)
+    (_, out), grads = jax.jit(both, compiler_options=UNOPTIMIZED)(qkv)
     return tuple(np.asarray(x, np.float32) for x in (out, *grads))
 
 
@@ -92,10 +96,21 @@ CUDNN = {"implementation": "xla"}
 SPLASH = {"interpret": True}
 
 
-@pytest.mark.parametrize("kind", ["plain", "documents", "padding"])
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
-@pytest.mark.parametrize(("T", "heads"), [(12, (4, 2)), (13, (4, 4))])
+@pytest.mark.parametrize(
+    ("kind", "strict", "window", "T", "heads"),
+    [
+        ("plain", False, None, 12, (4, 2)),
+        ("plain", False, 5, 13, (4, 4)),
+        ("plain", True, None, 13, (4, 2)),
+        ("plain", True, 1, 12, (4, 2)),
+        ("plain", True, 2, 12, (4, 1)),
+        ("plain", True, 5, 12, (4, 2)),
+        ("documents", False, 5, 12, (4, 2)),
+        ("documents", True, None, 13, (4, 2)),
+        ("documents", True, 2, 12, (4, 1)),
+        ("padding", True, None, 12, (4, 2)),
+    ],
+)
 def test_cudnn_path_equals_reference(on, monkeypatch, kind, strict, window, T, heads):
     on("gpu", **CUDNN)
     monkeypatch.setattr(kernels, "_refusal", lambda *_: None)  # float32, for a tight tolerance
@@ -106,14 +121,11 @@ def test_cudnn_path_equals_reference(on, monkeypatch, kind, strict, window, T, h
     ("kind", "strict", "window", "T", "heads"),
     [
         ("plain", True, None, 128, (4, 2)),
-        ("plain", True, 30, 256, (2, 2)),
-        ("plain", False, 30, 128, (4, 1)),
+        ("plain", True, 30, 384, (2, 2)),  # three blocks
         ("plain", True, 1, 128, (4, 2)),
-        ("documents", True, None, 256, (4, 2)),
-        ("documents", True, 2, 128, (2, 1)),
-        ("documents", False, None, 128, (2, 1)),
+        ("documents", False, 30, 128, (2, 1)),
+        ("documents", True, 2, 128, (4, 2)),
         ("padding", True, None, 128, (2, 1)),
-        ("padding", False, 30, 128, (2, 1)),
     ],
 )
 def test_splash_equals_reference(on, kind, strict, window, T, heads):
@@ -135,7 +147,7 @@ def test_strict_rows_never_see_their_own_token(on, monkeypatch, backend, kind):
     attention = jax.jit(lambda k, v: run((q, k, v), kind, backend, strict=True))
     before = np.asarray(attention(k, v))
     assert np.all(before[:, 0] == 0.0)
-    for t in (0, 1, T // 2, T - 1):
+    for t in (0, T // 2, T - 1):
         after = np.asarray(attention(k.at[:, t].set(1e4), v.at[:, t].set(-1e4)))
         np.testing.assert_array_equal(after[:, : t + 1], before[:, : t + 1])
         assert t == T - 1 or np.any(after[:, t + 1 :] != before[:, t + 1 :])
@@ -158,19 +170,17 @@ def test_cudnn_path_of_one_token(on, monkeypatch, kind, strict):
     np.testing.assert_allclose(out[row], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_model_loss_and_gradients_through_splash(on, packed):
+def test_model_loss_and_gradients_through_splash(on):
     """The whole model: contexts, passes, scans and saved attention outputs reach the kernel."""
     on("tpu", **SPLASH)
-    compare_models(CONFIG, "splash", 128, packed, 1e-4)
+    compare_models(CONFIG.model_copy(update={"grad_passes": 1}), "splash", 128, True, 1e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_model_loss_and_gradients_through_cudnn_path(on, monkeypatch, packed):
     on("gpu", **CUDNN)
     monkeypatch.setattr(kernels, "_refusal", lambda *_: None)
-    for changes in ({}, {"sharing": "1_4s_4s_4_4", "strict_everywhere": True}):
-        compare_models(CONFIG.model_validate(CONFIG.model_dump() | changes), "cudnn", 32, packed, 1e-4)
+    compare_models(CONFIG.model_copy(update={"grad_passes": 1 + (not packed)}), "cudnn", 32, packed, 1e-4)
 
 
 def compare_models(config, backend, T, packed, tolerance):
@@ -181,7 +191,8 @@ def compare_models(config, backend, T, packed, tolerance):
     for name in ("xla", backend):
         changed = config.model_copy(update={"attention": name})
         objective = partial(loss, config=changed, tokens_BT=tokens, segment_ids_BT=segments)
-        results.append(jax.device_get(jax.jit(jax.value_and_grad(objective))(params)))
+        both = jax.jit(jax.value_and_grad(objective), compiler_options=UNOPTIMIZED)
+        results.append(jax.device_get(both(params)))
     (want, want_grads), (got, grads) = results
     assert abs(want - got) <= tolerance * abs(want)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
@@ -296,33 +307,30 @@ from functools import partial
 from lckv_jax.config import MeshConfig
 from lckv_jax.model import kernels
 from lckv_jax.parallel.mesh import make_mesh
-from test_kernels import arrays, with_gradients
+from test_kernels import arrays, run, with_gradients
 
 kernels._refusal = lambda *_: None
 kernels.local_platform = lambda: "gpu"
 kernels.cudnn = partial(kernels.cudnn, implementation="xla")
 split = {"data": 1, "fsdp": 1, "tensor": 1}
-for sizes, heads in (({"tensor": 8}, (8, 2)), ({"data": 2, "tensor": 4}, (8, 4)), ({"data": 8}, (3, 1)),
-                     ({"data": 2, "tensor": 4}, (12, 6))):
-    for kind in ("plain", "documents"):
-        qkv = arrays(12, heads)
-        want = with_gradients(qkv, kind, strict=True)
-        with jax.set_mesh(make_mesh(MeshConfig(**split | sizes))):
-            got = with_gradients(qkv, kind, "cudnn", strict=True)
-            from test_kernels import run
-            out = jax.jit(lambda qkv: run(qkv, kind, "cudnn", strict=True))(qkv)
-        for a, b in zip(got, want):
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
-        share = out.addressable_shards[0].data.size / out.size
-        assert share <= (1 / 8 if sizes != {"data": 8} else 1), (sizes, share)
-        print(sizes, heads, kind, share)
+for sizes, heads, kind in (({"tensor": 8}, (8, 2), "documents"), ({"data": 2, "tensor": 4}, (12, 6), "plain"),
+                           ({"data": 8}, (3, 1), "documents")):  # 2 rows on 8 devices stay whole
+    qkv = arrays(12, heads)
+    want = with_gradients(qkv, kind, strict=True)
+    with jax.set_mesh(make_mesh(MeshConfig(**split | sizes))):
+        got = with_gradients(qkv, kind, "cudnn", strict=True)
+        out = jax.jit(lambda qkv: run(qkv, kind, "cudnn", strict=True))(qkv)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    assert out.addressable_shards[0].data.size == out.size // (1 if sizes == {"data": 8} else 8), sizes
+    print(sizes, "equal and split")
 """
 
 
 def test_rows_and_heads_are_split_over_the_mesh():
     done = subprocess.run([sys.executable, "-c", ON_A_MESH], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 3
 
 
 # ---------------------------------------------------------------- the kernels themselves

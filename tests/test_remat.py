@@ -14,9 +14,12 @@ from lckv_jax.model.transformer import forward, init_params
 POLICIES = ("none", "dots", "attention", "full")
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=8,
-    no_grad_passes=1, init_std=0.2, attention_bias=True,
+    no_grad_passes=0, grad_passes=1, init_std=0.2, attention_bias=True,
 )  # fmt: skip
 B, T = 2, 64
+UNOPTIMIZED = (
+    {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+)  # compiles in half the time
 
 
 def make(**changes):
@@ -24,15 +27,17 @@ def make(**changes):
     return config, jax.eval_shape(partial(init_params, config), jax.random.key(0))
 
 
-@pytest.mark.parametrize("sharing", ["standard", "lckv(warmup=2)"])
-def test_same_loss_and_gradients_for_every_policy_scanned_or_unrolled(sharing):
-    params = init_params(make(sharing=sharing)[0], jax.random.key(0))
+def test_same_loss_and_gradients_for_every_policy_scanned_or_unrolled():
+    sizes = {"sharing": "0_1_4_4_4", "num_layers": 5}
+    params = init_params(make(**sizes)[0], jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (B, T), 0, 64)
     results = {}
     for scan in (True, False):
-        for remat in POLICIES if scan else ("none", "attention"):
-            config, _ = make(sharing=sharing, remat=remat, scan_layers=scan)
-            step = jax.jit(jax.value_and_grad(partial(loss, config=config, tokens_BT=tokens)))
+        for remat in POLICIES if scan else ("attention",):
+            config, _ = make(**sizes, remat=remat, scan_layers=scan)
+            step = jax.jit(
+                jax.value_and_grad(partial(loss, config=config, tokens_BT=tokens)), compiler_options=UNOPTIMIZED
+            )
             results[scan, remat] = jax.device_get(step(params))
     want, want_grads = results[True, "none"]
     for name, (value, grads) in results.items():
@@ -65,7 +70,7 @@ def test_compiled_memory_falls_with_each_policy():
     sizes = {}
     for remat in POLICIES:
         config, params = make(remat=remat, num_layers=12)
-        step = jax.jit(jax.grad(lambda p, t, config=config: loss(p, config, t)))
+        step = jax.jit(jax.grad(lambda p, t, config=config: loss(p, config, t)), compiler_options=UNOPTIMIZED)
         compiled = step.lower(params, jax.ShapeDtypeStruct((B, T + 1), jnp.int32)).compile()
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert sizes["none"] > 1.5 * sizes["dots"] and sizes["dots"] > 1.2 * sizes["attention"]
@@ -89,7 +94,7 @@ def scans(jaxpr):
 def test_unrolled_runs_have_no_scan(remat):
     lengths = {}
     for scan in (True, False):
-        config, params = make(sharing="lckv(warmup=2)", remat=remat, scan_layers=scan, no_grad_passes=0)
+        config, params = make(sharing="lckv(warmup=2)", remat=remat, scan_layers=scan)
         tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
         gradient = jax.make_jaxpr(jax.grad(lambda p, t, config=config: jnp.sum(forward(p, config, t))))
         lengths[scan] = scans(gradient(params, tokens).jaxpr)
