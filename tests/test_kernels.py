@@ -4,6 +4,7 @@ Without its device, cuDNN's path runs around jax's own implementation and splash
 themselves are under the markers `gpu` and `tpu`.
 """
 
+import json
 import subprocess
 import sys
 from functools import partial
@@ -258,10 +259,10 @@ def test_choice(changes, platform, seq_len, backend, reason):
 @pytest.mark.parametrize(
     ("changes", "platform", "seq_len", "words"),
     [
-        ({"attention": "cudnn"}, "cpu", None, ["this is cpu", "model.attention=xla"]),
+        ({"attention": "cudnn"}, "cpu", None, ["this is cpu", "; set model.attention=auto"]),
         ({"attention": "cudnn", "dtype": "float32"}, "gpu", None, ["float32", "model.dtype=bfloat16"]),
         ({"attention": "cudnn", "head_dim": 136}, "gpu", None, ["136", "model.head_dim"]),
-        ({"attention": "splash"}, "gpu", 256, ["needs a TPU", "model.attention=xla"]),
+        ({"attention": "splash"}, "gpu", 256, ["needs a TPU", "; set model.attention=auto"]),
         ({"attention": "splash"}, "tpu", 200, ["200", "data.seq_len to a multiple of 128"]),
         ({"attention": "splash", "dtype": "float64"}, "tpu", 256, ["float64", "model.dtype"]),
         ({"attention": "splash", "head_dim": 20}, "tpu", 256, ["20", "model.head_dim"]),
@@ -294,6 +295,19 @@ def test_bias_bytes():
     assert kernels.bias_bytes(config(sharing="lckv(warmup=2)"), 4, 100) == 2 * 4 * 100 * 100 * 2
     everywhere = config(sharing="lckv(warmup=2)", strict_everywhere=True, dtype="float32")
     assert kernels.bias_bytes(everywhere, 1, 100) == 100 * 100 * 4
+
+
+def test_benchmark_measures_what_there_is(tmp_path, capsys):
+    pytest.importorskip("benchmarks.attention", reason="run from the root of the repository")
+    from benchmarks.attention import main, read_pairs
+
+    shape = ["--shape", "1,16,2,1,8", "--dtype", "float32", "--window", "4", "--repeats", "2"]
+    assert main([*shape, "--peak", "1e12", "--out", str(tmp_path / "out.json")]) == 0
+    cells = json.loads((tmp_path / "out.json").read_text())["cells"]
+    measured = [cell["case"] for cell in cells if cell["backend"] == "xla" and len(cell["seconds"]) == 2]
+    assert measured == ["causal", "strict", "window", "packed"]
+    assert capsys.readouterr().out.count("%") == len(cells)
+    assert [read_pairs(16, strict, None, packed) for strict, packed in ((0, 0), (1, 0), (1, 1))] == [136, 120, 24]
 
 
 # ---------------------------------------------------------------- several devices

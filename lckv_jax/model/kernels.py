@@ -54,13 +54,15 @@ def resolve(wanted: str, call: Call) -> tuple[str, str]:
             return "xla", f"attention kernel: xla, because there is no other one for {call.platform}"
         refusal = _refusal(fast, call)
         if refusal is not None:
-            return "xla", f"attention kernel: xla, because {fast} {refusal[0]} (for the faster one, {refusal[1]})"
+            mend = f" (for the faster one, {refusal[1]})" if refusal[1] else ""
+            return "xla", f"attention kernel: xla, because {fast} {refusal[0]}{mend}"
         return fast, f"attention kernel: {fast}, the one for {call.platform}"
     if wanted not in _FAST.values():
         raise UserError(f"model.attention={wanted}: there is no such kernel; use auto, xla, cudnn or splash")
     refusal = _refusal(wanted, call)
     if refusal is not None:
-        raise UserError(f"model.attention={wanted}: {wanted} {refusal[0]}; {refusal[1]}, or model.attention=auto")
+        mend = f"{refusal[1]}, or model.attention=auto" if refusal[1] else "set model.attention=auto"
+        raise UserError(f"model.attention={wanted}: {wanted} {refusal[0]}; {mend}")
     return wanted, f"attention kernel: {wanted}, as model.attention says"
 
 
@@ -74,25 +76,21 @@ def local_platform() -> str:
 
 
 def _refusal(kernel: str, call: Call) -> tuple[str, str] | None:
-    """Why a kernel does not serve a call, and the mend; None if it serves."""
-    if kernel == "cudnn":
-        if call.platform != "gpu":
-            needs = "needs an NVIDIA GPU of compute capability 8.0 or later"
-            return f"{needs}, and this is {call.platform}", "set model.attention=xla"
-        if call.dtype != "bfloat16":
-            return f"computes in bfloat16, not in {call.dtype}", "set model.dtype=bfloat16"
-        if call.head_dim % 8 or call.head_dim > 128:
-            return f"takes no head size {call.head_dim}", "set model.head_dim to a multiple of 8 up to 128"
-        return None
-    if call.platform != "tpu":
-        return f"needs a TPU, and this is {call.platform}", "set model.attention=xla"
+    """Why a kernel does not serve a call, and the mend beside another kernel ("": none); None if it serves."""
+    needed = "gpu" if kernel == "cudnn" else "tpu"
+    if call.platform != needed:
+        device = "an NVIDIA GPU of compute capability 8.0 or later" if kernel == "cudnn" else "a TPU"
+        return f"needs {device}, and this is {call.platform}", ""
+    if kernel == "cudnn" and call.dtype != "bfloat16":
+        return f"computes in bfloat16, not in {call.dtype}", "set model.dtype=bfloat16"
     if call.dtype == "float64":
         return "does not compute in float64", "set model.dtype=bfloat16"
-    if call.head_dim % 8 or call.head_dim > 256:
-        return f"takes no head size {call.head_dim}", "set model.head_dim to a multiple of 8 up to 256"
-    if call.q_len != call.k_len:
-        return f"reads a row against itself, not {call.k_len} keys from {call.q_len} queries", "set model.attention=xla"
-    if call.q_len is not None and call.q_len % _SPLASH_BLOCKS[-1]:
+    largest = 128 if kernel == "cudnn" else 256
+    if call.head_dim % 8 or call.head_dim > largest:
+        return f"takes no head size {call.head_dim}", f"set model.head_dim to a multiple of 8 up to {largest}"
+    if kernel == "splash" and call.q_len != call.k_len:
+        return f"reads a row against itself, not {call.k_len} keys from {call.q_len} queries", ""
+    if kernel == "splash" and call.q_len is not None and call.q_len % _SPLASH_BLOCKS[-1]:
         return f"takes no length {call.q_len}", f"set data.seq_len to a multiple of {_SPLASH_BLOCKS[-1]}"
     return None
 
