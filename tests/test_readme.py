@@ -19,8 +19,10 @@ SMALL = ["model.vocab_size=512", "model.hidden_size=32", "data.seq_len=32", "dat
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_command_runs(command, tmp_path, monkeypatch, capsys):
+def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(ROOT)
+    if command[0] == "evaluate":
+        command = ["evaluate", str(request.getfixturevalue("trained") / "run"), *command[2:]]
     if command[0] == "train":
         for number in (1, 2):
             (tmp_path / "books").mkdir(exist_ok=True)
