@@ -4,7 +4,8 @@
 
 Prints the loss of the first and of the last step, their difference, and whether it is more than 2 nats. The schedule is
 that of the whole run of configs/quickstart.yaml, of which only the first steps are made. Leaves the prepared data in
-data/quickstart, as the quick start itself does.
+data/quickstart, as the quick start itself does. Expect a fall of about 2.9 nats from AdamW, 2.4 from Lion, 2.9 from
+Adafactor and 3.5 from Muon.
 """
 
 import argparse
