@@ -1,10 +1,11 @@
 """Trains configs on the same tokens one after the other, and compares them: curves in one plot, perplexity, cost.
 
     python -m benchmarks.pair configs/llama-50m.yaml configs/lckv-50m.yaml --folder runs/pair [--plot FILE] [a.b=c ...]
+        [--evaluate "files=[PATH/TO/held_out.txt]" ...]
 
-The overrides hold for all of them. The first config is the baseline of the ratios. A finished run is only read, an
-interrupted one goes on. The printed table is Markdown; seconds a step are medians, of steps that nothing else disturbed
-only if the machine was quiet.
+The overrides hold for all runs, those after --evaluate for `evaluate`. The first config is the baseline of the ratios.
+A finished run is only read, an interrupted one goes on. The printed table is Markdown. Seconds a step are medians; only
+on a quiet machine is their ratio worth anything.
 """
 
 import argparse
@@ -29,13 +30,14 @@ class Result(NamedTuple):
     report: dict[str, Any]
 
 
-def run(path: Path, folder: Path, overrides: list[str]) -> Result:
-    """Trains and evaluates one config; both are resumable or cheap, so a second call only reads."""
+def run(path: Path, folder: Path, overrides: list[str], evaluation: list[str]) -> Result:
+    """Trains one config, unless that is done, and evaluates it, unless its scores are there already."""
     out, scores = folder / path.stem, folder / f"{path.stem}.json"
     overrides = [*overrides, f"out={out}", f"data.folder={folder / 'data'}"]
     command = [sys.executable, "-m", "lckv_jax"]
     subprocess.run([*command, "train", str(path), *overrides], check=True)
-    subprocess.run([*command, "evaluate", str(out), f"out={scores}"], check=True)
+    if not scores.exists():
+        subprocess.run([*command, "evaluate", str(out), f"out={scores}", *evaluation], check=True)
     records = read_metrics(out / "metrics.jsonl")
     return Result(path.stem, load_config(path, overrides), records, json.loads(scores.read_text()))
 
@@ -86,11 +88,12 @@ def table(results: list[Result]) -> list[str]:
     rows.append(row("parameters", [f"{count_parameters(r.config.model):,}" for r in results]))
     rows.append(row("K,V bytes a token (bfloat16)", [f"{cache(r):,}" for r in results]))
     rows.append(row("training tokens", [f"{r.records[-1]['tokens_seen']:,}" for r in results]))
-    settings = dict.fromkeys(setting for r in results for setting in r.report["passes"])
-    for setting in settings:
-        scores = [r.report["passes"].get(setting) or next(iter(r.report["passes"].values())) for r in results]
-        rows.append(row(f"validation perplexity, {setting} passes", [f"{s['perplexity']:.2f}" for s in scores]))
-        rows.append(row(f"bits per byte, {setting} passes", [f"{s['bits_per_byte']:.4f}" for s in scores]))
+    scores = [{score["passes"]: score for score in r.report["reports"]} for r in results]
+    for passes in dict.fromkeys(name for score in scores for name in score):
+        # a map without passes has one report, which holds for all settings
+        chosen = [score.get(passes) or next(iter(score.values())) for score in scores]
+        rows.append(row(f"perplexity, {passes} passes", [f"{score['perplexity']:.2f}" for score in chosen]))
+        rows.append(row(f"bits per byte, {passes} passes", [f"{score['bits_per_byte']:.4f}" for score in chosen]))
     rows.append(row("seconds a step", [f"{step_seconds(r):.2f}" for r in results]))
     rows.append(row("ratio of seconds", [f"{step_seconds(r) / step_seconds(first):.2f}" for r in results]))
     rows.append(row("ratio of training FLOPs by formula", [f"{flops(r) / flops(first):.2f}" for r in results]))
@@ -102,10 +105,11 @@ def main() -> int:
     parser.add_argument("configs", nargs="+", metavar="CONFIG | a.b=c")
     parser.add_argument("--folder", type=Path, default=Path("runs/pair"))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--evaluate", nargs="*", default=[], metavar="a.b=c")
     options = parser.parse_intermixed_args()
     overrides = [argument for argument in options.configs if "=" in argument]
     paths = [Path(argument) for argument in options.configs if "=" not in argument]
-    results = [run(path, options.folder, overrides) for path in paths]
+    results = [run(path, options.folder, overrides, options.evaluate) for path in paths]
     if options.plot:
         draw(results, options.plot)
     print("\n".join(table(results)))

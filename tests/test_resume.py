@@ -61,7 +61,7 @@ def test_every_change_is_shown_with_its_field_and_kind():
         (dict(model={"dtype": "bfloat16"}), "mathematics"),
         (dict(model={"rope_scaling": {"type": "linear", "factor": 2.0}}), "mathematics"),
         (dict(model={"no_grad_passes": 3}), "mathematics"),
-        (dict(train={"skip_spikes": 6.0}), "mathematics"),
+        (dict(train={"z_loss": 1e-4}), "mathematics"),
         (dict(data={"batch_size": 4}), "mathematics"),
         (dict(data={"packing": "joined"}), "mathematics"),
         (dict(model={"hidden_size": 16}), "shape"),
@@ -76,6 +76,19 @@ def test_more_steps_of_a_constant_learning_rate_change_nothing():
     constant = make_config(optimizer={"schedule": "constant"})
     longer = make_config(optimizer={"schedule": "constant"}, train={"steps": 500})
     assert [change.kind for change in resume.changes(constant, longer)] == ["free"]
+
+
+def test_what_adds_leaves_to_the_state_cannot_be_allowed():
+    averaged, spiky = make_config(train={"ema_decay": 0.9}), make_config(train={"skip_spikes": 6.0})
+    found = [
+        resume.changes(BASE, averaged),
+        resume.changes(spiky, BASE),
+        resume.changes(spiky, make_config(train={"skip_spikes": 6.0, "spike_window": 9})),
+        resume.changes(BASE, make_config(optimizer={"name": "lion"})),
+    ]
+    assert [[change.kind for change in some] for some in found] == [["shape"]] * 4
+    assert resume.changes(averaged, make_config(train={"ema_decay": 0.99}))[0].kind == "mathematics"
+    assert resume.changes(BASE, make_config(train={"spike_window": 9}))[0].kind == "mathematics"
 
 
 def test_what_changes_the_mathematics_stops_unless_allowed_by_name():
@@ -93,7 +106,7 @@ def test_what_changes_the_mathematics_stops_unless_allowed_by_name():
 
 def test_another_shape_is_refused_even_if_it_is_allowed():
     found = resume.changes(BASE, make_config(model={"hidden_size": 16}))
-    with pytest.raises(UserError, match=r"another model: model.hidden_size 8 -> 16; .* parameters of another shape"):
+    with pytest.raises(UserError, match=r"another model or optimiser: model.hidden_size 8 -> 16; .* other shapes"):
         resume.check_changes(found, ["model.hidden_size"], "X has")
 
 

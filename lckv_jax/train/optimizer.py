@@ -66,8 +66,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         _scale_by_step(learning_rate(config, steps)),
     ]
-    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    return optax.with_extra_args_support(optax.chain(*clip, *parts))
+    # identity keeps the places of the states in the chain, so that clipping may be turned on and off at resume
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.with_extra_args_support(optax.chain(clip, *parts))
 
 
 def _rule(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -33,7 +33,7 @@ _ROUNDING = (  # the same numbers, added in another order or computed by another
     "train.accumulation",
     "train.loss_chunk",
 )
-_SHAPE = (  # no checkpoint can be read into parameters of another shape
+_SHAPE = (  # no checkpoint can be read into a state of other leaves or shapes
     "model.vocab_size",
     "model.hidden_size",
     "model.intermediate_size",
@@ -44,7 +44,9 @@ _SHAPE = (  # no checkpoint can be read into parameters of another shape
     "model.tie_embeddings",
     "model.attention_bias",
     "model.mlp_bias",
+    "optimizer.name",
 )
+_SWITCHED = ("train.ema_decay", "train.skip_spikes")  # so too where they are turned on or off
 _DATA = ("data.sources", "data.validation", "data.validation_fraction")  # what the tokens are
 
 Kind = Literal["free", "rounding", "mathematics", "shape"]
@@ -52,7 +54,7 @@ _NOTES: dict[Kind, str] = {
     "free": "",
     "rounding": " (the same up to rounding)",
     "mathematics": " (changes the mathematics)",
-    "shape": " (changes the parameters' shapes)",
+    "shape": " (changes what a checkpoint holds)",
 }
 
 
@@ -78,6 +80,10 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
             kind = _kind(field)
             if field == "train.steps" and schedules == ("constant", "constant"):
                 kind = "free"  # no learning rate depends on it
+            if field in _SWITCHED and not (old[field] and new[field]):
+                kind = "shape"
+            if field == "train.spike_window" and before.train.skip_spikes and after.train.skip_spikes:
+                kind = "shape"
             found.append(Change(field, old[field], new[field], kind))
     return found
 
@@ -98,8 +104,8 @@ def check_changes(found: Sequence[Change], allowed: Sequence[str], where: str) -
     shapes = [change for change in found if change.kind == "shape"]
     if shapes:
         raise UserError(
-            f"{where} another model: {_shown(shapes)}; a checkpoint cannot be read into parameters of another shape: "
-            "undo that, or choose another `out`"
+            f"{where} another model or optimiser: {_shown(shapes)}; a checkpoint cannot be read into a state of other "
+            "shapes: undo that, or choose another `out`"
         )
     refused = [change for change in found if change.kind == "mathematics" and change.field not in allowed]
     if refused:
