@@ -247,7 +247,7 @@ class TrainConfig(Frozen):
     loss_chunk: Positive = Field(default=256, description="positions of a row whose logits are held at once")
     no_grad_passes_schedule: Schedule = Field(
         default=(),
-        description="[[step, m], ...]: m from that step on, instead of model.no_grad_passes; never recompiles",
+        description="[[n, m], ...]: m once n updates are made, instead of model.no_grad_passes; never recompiles",
     )
     ema_decay: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="of an average of the parameters, for evaluation; 0 = none"

@@ -37,7 +37,7 @@ _OverrideLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
-_OverrideLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_OverrideLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -52,9 +52,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"cannot read the override {override!r}; write section.key=value, such as train.steps=100")
     *sections, last = key.split(".")
     for section in sections:
-        if not isinstance(tree.setdefault(section, {}), dict):
-            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+        if tree.get(section) is None:  # absent, or a section without entries
+            tree[section] = {}
         tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
     tree[last] = _parse(value, f"override {override!r}", _OverrideLoader)
 
 
@@ -105,7 +107,7 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
 def _parse(text: str, where: str, loader: type[yaml.SafeLoader]) -> Any:
     try:
         return yaml.load(text, loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 08, which YAML 1.1 reads as octal
+        if isinstance(error, UserError):
+            raise UserError(f"{where}: {error}") from error
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error

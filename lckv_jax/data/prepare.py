@@ -51,6 +51,7 @@ from lckv_jax.errors import UserError
 _ENCODE_CHARS = 4 << 20  # text tokenised at once, on all cores
 _SAVE_SECONDS = 5.0  # what a kill may cost
 
+LOCK = "prepare.lock"
 Report = Callable[[str], object]
 
 
@@ -76,7 +77,8 @@ def prepare(data: DataConfig, vocab_size: int, report: Report = print) -> Manife
             f"data.tokenizer={data.tokenizer} lies in data.folder, where prepare writes and clears; move it elsewhere"
         )
     started = time.monotonic()
-    with _alone(folder):
+    _refuse_foreign(folder)
+    with _alone(folder, report):
         if manifest := _ready(data, vocab_size, folder):  # another process has just finished
             return manifest
         progress = load_progress(folder)
@@ -145,16 +147,18 @@ def _check_tokenizer(manifest: Manifest, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, report: Report) -> Iterator[None]:
     """Holds the folder for this process; the system lets go of it however the process ends."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "prepare.lock").open("w")
+        lock = (folder / LOCK).open("w")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another process is preparing {folder}; wait until it is done") from error
+        except OSError as error:  # some network file systems have no locks
+            report(f"{folder}: cannot be locked ({error.strerror}); see to it that no second process prepares it")
         yield
 
 
@@ -246,11 +250,24 @@ def _begin(data: DataConfig, vocab_size: int, texts: list[Text], folder: Path, r
 
 
 def _remove_leftovers(folder: Path, kept: set[str]) -> None:
-    tokenizer = r"tokenizer\.\w+|tokenizer_config\.json"
-    ours = rf"(train(-\d+)?|valid)-\d{{5}}\.bin|{tokenizer}|({tokenizer}|manifest\.json|progress\.json)\.partial"
-    for path in folder.iterdir():
-        if re.fullmatch(ours, path.name) and path.name not in kept:
+    for path in _written(folder):
+        if path.name not in kept:
             path.unlink()
+
+
+def _written(folder: Path) -> list[Path]:
+    """The files that prepare writes."""
+    tokenizer = r"tokenizer\.(model|json|bytes)|tokenizer_config\.json"
+    ours = rf"(train(-\d+)?|valid)-\d{{5}}\.bin|{tokenizer}|({tokenizer}|manifest\.json|progress\.json)\.partial"
+    return [path for path in folder.iterdir() if re.fullmatch(ours, path.name)]
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UserError if files that prepare would overwrite lie in a folder that it has never worked in."""
+    known = any((folder / name).exists() for name in (LOCK, PROGRESS))
+    if folder.is_dir() and not known and (found := _written(folder)):
+        names = ", ".join(sorted(path.name for path in found)[:3])
+        raise UserError(f"{folder} holds files that prepare did not make ({names}); choose an empty data.folder")
 
 
 def _place_tokenizer(data: DataConfig, vocab_size: int, texts: list[Text], folder: Path, report: Report) -> Tokenizer:

@@ -10,8 +10,8 @@ import numpy as np
 
 from lckv_jax.data.manifest import Shard, SplitInfo, WriterState
 
-BLOCK_BYTES = 1 << 20  # what one hash covers
-SHARD_BLOCKS = 256  # blocks of a shard
+BLOCK_BYTES = 1 << 18  # what one hash covers, and the first reading of any row in it therefore reads
+SHARD_BLOCKS = 1024  # blocks of a shard
 
 
 def block_hash(content: bytes | bytearray | memoryview) -> str:

@@ -213,9 +213,18 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
+    met: list[BaseException] = []  # in `texts`; sentencepiece would make a RuntimeError of it
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from _lines(texts)
+        except BaseException as error:
+            met.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=lines(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -236,6 +245,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if met:
+            raise met[0] from None
         _raise_if_too_small(error, vocab_size)
         raise
     pieces = SentencePiece(model.getvalue()).vocab_size

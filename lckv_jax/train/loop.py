@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -31,7 +32,7 @@ from lckv_jax.train.profiler import Profiler
 from lckv_jax.train.signals import noting_sigterm, stopping_at_once
 from lckv_jax.train.spikes import refuse_to_go_on
 from lckv_jax.train.state import TrainState, abstract_state, evaluated_params, init_state
-from lckv_jax.train.step import make_eval_step, make_train_step
+from lckv_jax.train.step import check_micro_batch, make_eval_step, make_train_step
 from lckv_jax.train.summary import summary
 from lckv_jax.train.writers import check_writers, open_writers
 
@@ -42,8 +43,8 @@ def train(config: RunConfig) -> None:
     Makes the data first if `config.data.folder` is empty. Leaves in `config.out`: checkpoints/, config.json,
     the tokenizer, metrics.jsonl (a line a step and a line a validation), changes.jsonl if the config ever changed,
     and loss.png.
-    Raises UserError for everything that the user can mend, and if the loss stops being finite; Stopped after SIGTERM,
-    when the last step is saved.
+    Raises UserError for everything that the user can mend, and if training is lost (see spikes.py); Stopped after
+    SIGTERM, when the last step is saved.
     """
     clock = Clock()
     console = Console()
@@ -52,9 +53,11 @@ def train(config: RunConfig) -> None:
     resume.check_allowed_names(config.allow_changes)
     mesh = make_mesh(config.mesh)
     check_sizes(config.model, config.data.batch_size, mesh)
+    check_micro_batch(config, mesh)
     if replicated_dims(config.model, mesh):
         say(f"mesh: {config.model.num_kv_heads} K/V heads are not split over tensor={mesh.shape['tensor']}")
     _say_kernel(config, mesh, say)
+    _say_what_is_best(config, say)
     check_writers(config.metrics)
     device = mesh.devices.flat[0]
     peak = peak_flops(config, device.device_kind, device.platform)
@@ -64,10 +67,25 @@ def train(config: RunConfig) -> None:
         manifest = prepare(config.data, config.model.vocab_size, say)
         datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
         keep, keep_best = config.train.keep, config.train.keep_best
-        with jax.set_mesh(mesh), checkpoint.open_checkpoints(out / "checkpoints", keep, keep_best) as manager:
+        with (
+            noting_sigterm() as stop_after,  # from here on, as checkpoints are read and written
+            jax.set_mesh(mesh),
+            checkpoint.open_checkpoints(out / "checkpoints", keep, keep_best) as manager,
+        ):
             run, state, step_function = _start(config, manifest, datasets, manager, console, clock, peak)
-            run.finish(state, step_function)
+            run.finish(state, step_function, stop_after)
         _summarise(config, out, clock, run.start, say)
+
+
+def _say_what_is_best(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Only a checkpoint whose own step is validated can be the best."""
+    train = config.train
+    together = math.lcm(train.eval_every, train.save_every)
+    if train.keep_best and together not in (train.eval_every, train.save_every):
+        say(
+            f"checkpoints: validation and save meet only every {together} steps, and only there is a checkpoint "
+            "compared for train.keep_best; make train.save_every a multiple of train.eval_every"
+        )
 
 
 def _say_kernel(config: RunConfig, mesh: Mesh, say: Callable[[str], None]) -> None:
@@ -160,20 +178,20 @@ class _Run:
         self.sharding, self.devices = batch_sharding(mesh), mesh.size
         self.read_at = self.saved_at = time.monotonic()
 
-    def finish(self, state: TrainState, step_function: Any) -> None:
+    def finish(self, state: TrainState, step_function: Any, stop_after: Callable[[int], bool]) -> None:
         """All remaining steps. Metrics are read one step late, so that the device never waits for the host."""
-        rows = iterate(self.datasets.train, self.start)
-        try:
-            with noting_sigterm() as stop_after:
-                self.run_steps(state, step_function, rows, stop_after)
+        with contextlib.ExitStack() as closing:  # from the last to the first, each whatever becomes of the others
+            closing.enter_context(run_folder.written(self.out))
+            closing.callback(self.writers.close)
+            closing.callback(self.profiler.close)
+            closing.callback(self.progress.close)
+            if stop_after(self.start) and self.start < self.config.train.steps:
+                raise Stopped("stopped by SIGTERM; nothing was lost: the same command goes on from there")
+            rows = iterate(self.datasets.train, self.start)
+            closing.callback(rows.close)
+            self.run_steps(state, step_function, rows, stop_after)
             checkpoint.finish_saving(self.manager)
             self.clock.lap("checkpoint")
-        finally:
-            self.progress.close()
-            rows.close()
-            with run_folder.written(self.out):
-                self.profiler.close()
-                self.writers.close()
 
     def run_steps(self, state: TrainState, step_function: Any, rows: Any, stop_after: Callable[[int], bool]) -> None:
         train = self.config.train

@@ -80,6 +80,8 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
             kind = _kind(field)
             if field == "train.steps" and schedules == ("constant", "constant"):
                 kind = "free"  # no learning rate depends on it
+            if field == "train.accumulation" and (before.model.tolerance or after.model.tolerance):
+                kind = "mathematics"  # each micro-batch makes the passes that it needs
             if field in _SWITCHED and not (old[field] and new[field]):
                 kind = "shape"
             if field == "train.spike_window" and before.train.skip_spikes and after.train.skip_spikes:

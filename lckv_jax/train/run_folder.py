@@ -33,30 +33,38 @@ def held(out: Path, say: Callable[[str], object]) -> Iterator[None]:
     while True:
         with written(out):
             out.mkdir(parents=True, exist_ok=True)
-            lock = path.open("a+", encoding="utf-8")
+            lock = path.open("ab+", buffering=0)  # else a full disk would be told of again when it is closed
         with lock:
             _lock(lock, out, say)
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))):
+            if not _is_there(path, lock):
                 continue  # a run that has just ended removed it
             with written(path):
                 lock.truncate(0)
-                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-                lock.flush()
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
-                if not any(out.iterdir()):
-                    out.rmdir()
+                with contextlib.suppress(OSError):  # it must not hide how the run ended
+                    path.unlink(missing_ok=True)
+                    if not any(out.iterdir()):
+                        out.rmdir()
             return
 
 
-def _lock(lock: IO[str], out: Path, say: Callable[[str], object]) -> None:
+def _is_there(path: Path, lock: IO[bytes]) -> bool:
+    """Whether the locked file is still the one at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(lock: IO[bytes], out: Path, say: Callable[[str], object]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.seek(0)
-        holder = lock.read() or "another process"
+        holder = lock.read().decode(errors="replace") or "another process"
         raise UserError(f"{out} is being trained by {holder}; wait until it ends, or choose another `out`") from error
     except OSError as error:  # some network file systems have no locks
         say(f"{out}: cannot be locked ({error.strerror}); see to it that no second run uses it")

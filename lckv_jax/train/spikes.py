@@ -67,6 +67,7 @@ def refuse_to_go_on(config: RunConfig, metrics: dict[str, Any], step: int, saved
     That is, if IN_A_ROW updates were left out one after the other, or if an update made a parameter infinite.
     saved: the step of the newest checkpoint, if there is one.
     """
+    mend = "lower optimizer.learning_rate or change the seed in a new `out`"
     if not math.isfinite(metrics["param_norm"]):
         name, what, more = "param_norm", "is not finite", ""
     elif metrics["skipped_in_a_row"] >= IN_A_ROW:
@@ -75,12 +76,13 @@ def refuse_to_go_on(config: RunConfig, metrics: dict[str, Any], step: int, saved
         if math.isfinite(metrics[name]):
             deviations = f"train.skip_spikes={config.train.skip_spikes:g} standard deviations"
             what = f"is {metrics[name]:.4g}, more than {deviations} above the mean of the steps before"
+            mend = (
+                "if that is no accident, go on with a higher train.skip_spikes or a lower optimizer.learning_rate, and "
+                "allow_changes naming it"
+            )
     else:
         return
     held = (
         "there is no checkpoint yet" if saved is None else f"the newest checkpoint is {config.out}/checkpoints/{saved}"
     )
-    raise UserError(
-        f"step {step}: {name} {what} (batch {step - 1} of seed {config.seed}){more}; {held}; "
-        "lower optimizer.learning_rate or change the seed in a new `out`"
-    )
+    raise UserError(f"step {step}: {name} {what} (batch {step - 1} of seed {config.seed}){more}; {held}; {mend}")

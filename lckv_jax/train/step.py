@@ -174,13 +174,8 @@ def layer_gradient_norms(config: ModelConfig, grads: Any) -> dict[str, jax.Array
     return {"layer_grad_norms": jnp.sqrt(layers), **single}
 
 
-def make_train_step(
-    config: RunConfig, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> jax.stages.Wrapped:
-    """`train_step`, (state, batch) -> (state, metrics), compiled for the mesh; the state is donated.
-
-    Call it with `jax.set_mesh(mesh)` in force. Raises UserError if a micro-batch does not fit the mesh.
-    """
+def check_micro_batch(config: RunConfig, mesh: Mesh) -> None:
+    """Raises UserError if the devices that split the batch do not divide the rows of a micro-batch."""
     rows, devices = config.data.batch_size // config.train.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % devices:
         raise UserError(
@@ -188,6 +183,16 @@ def make_train_step(
             f"micro-batches of {rows} rows, which is not divisible by the {devices} devices that split the batch; "
             "change one of them"
         )
+
+
+def make_train_step(
+    config: RunConfig, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> jax.stages.Wrapped:
+    """`train_step`, (state, batch) -> (state, metrics), compiled for the mesh; the state is donated.
+
+    Call it with `jax.set_mesh(mesh)` in force. Raises UserError if a micro-batch does not fit the mesh.
+    """
+    check_micro_batch(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     return jax.jit(
         lambda state, batch: train_step(config, optimizer, state, batch),
