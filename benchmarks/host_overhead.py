@@ -57,9 +57,9 @@ def instrument() -> None:
         def close(self) -> None:
             self.rows.close()
 
-    def read_timed(self: Any, pending: tuple[int, Any] | None) -> None:
+    def read_timed(self: Any, pending: tuple[int, float, Any] | None) -> None:
         if pending is not None:
-            timed("device", jax.block_until_ready)(pending[1])
+            timed("device", jax.block_until_ready)(pending[-1])
             timed("metrics", read)(self, pending)
 
     loop.iterate = Rows

@@ -40,7 +40,7 @@ def main() -> int:
     stalls: list[float] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        state = init_state(config.model, optimizer, mesh, 0)
+        state = init_state(config, optimizer, mesh)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         step, batch = make_train_step(config, optimizer, mesh), random_batch(config, mesh)
         state, _ = jax.block_until_ready(step(state, batch))  # compiles

@@ -41,7 +41,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
     Raises UserError if the mesh does not fit the devices or the sizes.
     """
     mesh = make_mesh(config.mesh)
-    check_sizes(config.model, config.data.batch_size // config.train.accumulation, mesh)
+    check_sizes(config.model, config.data.batch_size, mesh)
     with jax.set_mesh(mesh):
         optimizer, state = train_state(config, mesh)
         shape = (config.data.batch_size, config.data.seq_len + 1)

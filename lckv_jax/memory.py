@@ -13,10 +13,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from lckv_jax.config import MeshConfig, ModelConfig, RunConfig
 from lckv_jax.errors import UserError
 from lckv_jax.model.axes import MESH_AXES
+from lckv_jax.model.kernels import bias_bytes
 from lckv_jax.model.transformer import dim_sizes, parameter_dims
 from lckv_jax.parallel.mesh import check_sizes, make_mesh, replicated_dims
 from lckv_jax.train.optimizer import make_optimizer
 from lckv_jax.train.state import TrainState, abstract_state
+from lckv_jax.train.step import check_micro_batch
 
 
 class Memory(NamedTuple):
@@ -63,7 +65,8 @@ def memory(config: RunConfig, backend: str) -> Memory:
     """
     mesh: Any = planned_mesh(config.mesh)
     micro_batch = config.data.batch_size // config.train.accumulation
-    check_sizes(config.model, micro_batch, mesh)
+    check_sizes(config.model, config.data.batch_size, mesh)
+    check_micro_batch(config, mesh)
     rows = micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
     split = mesh.shape["tensor"]
     _, state = train_state(config, mesh)
@@ -71,6 +74,8 @@ def memory(config: RunConfig, backend: str) -> Memory:
     stored = _stored_bytes(config, rows, split, backend)
     working = max(_layer_bytes(config.model, rows * config.data.seq_len, config.data.seq_len, split, backend),
                   _loss_bytes(config, rows, split))  # fmt: skip
+    if backend == "cudnn" and config.data.packing == "masked":
+        working += 2 * bias_bytes(config.model, rows, config.data.seq_len)  # and their gradients, which nobody reads
     gradients = parts["params"] * (2 if config.train.accumulation > 1 else 1)
     return Memory(dict(mesh.shape), rows, parts, gradients, _copy_bytes(config.model, mesh), stored, working)
 
@@ -119,7 +124,7 @@ def _saved_numbers(w: _Widths, remat: str) -> tuple[int, int]:
 def _score_bytes(model: ModelConfig, seq_len: int, split: int, backend: str) -> tuple[int, int]:
     """Bytes a token of attention scores in the reference kernel: stored without remat, and more while computed.
 
-    The fused kernels hold none.
+    The fused kernels hold none; the masks that cuDNN needs for packed documents are counted apart.
     """
     scores = model.num_heads // split * seq_len if backend == "xla" else 0
     return scores * (4 + jnp.dtype(model.dtype).itemsize), scores * 4 * 4 // 3

@@ -325,3 +325,12 @@ def test_config_built_in_python_takes_every_form_of_the_map():
         assert str(ModelConfig(**sizes, sharing=spec).sharing) == "0_2_2"
     with pytest.raises(ValueError, match=r"sharing: layer 1 reads layer 5"):
         ModelConfig(**sizes, sharing="0_5_2")
+
+
+def test_a_leading_zero_is_no_octal_number(load):
+    assert load(MINIMAL, "out=08").out == "08"
+    refuses(load, "train.steps: .*integer, got '010'", MINIMAL, "train.steps=010")
+
+
+def test_an_override_into_a_section_without_entries(load):
+    assert load(MINIMAL + "metrics:\n", "metrics.tensorboard=true").metrics.tensorboard

@@ -196,8 +196,6 @@ def test_given_files(trained, tmp_path, capsys):
     assert report["tokens"] == count == len(tokens) - 2
     np.testing.assert_allclose(report["nats"], total / count, rtol=1e-5)
     np.testing.assert_allclose(report["bits_per_byte"], total / math.log(2) / written["bytes"], rtol=1e-5)
-    if max(map(len, lists)) <= 33:  # so that no row cuts them apart
-        np.testing.assert_allclose(total, -sum(x.sum() for x in score(params, run.model, lists)), rtol=1e-4)
     assert "2 documents of" in capsys.readouterr().out
 
 

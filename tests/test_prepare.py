@@ -3,6 +3,7 @@
 import hashlib
 import random
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lckv_jax.data.corpora import documents, scan, split_documents
 from lckv_jax.data.manifest import SplitInfo
 from lckv_jax.data.prepare import Manifest, load_manifest, prepare, verify
 from lckv_jax.data.tokenizer import Bytes, load_tokenizer, train_sentencepiece
-from lckv_jax.errors import UserError
+from lckv_jax.errors import Stopped, UserError
 
 WORDS = [f"{a}{b}" for a in ("to", "ma", "sen", "kri", "vo") for b in ("ra", "lim", "gus", "ne")]
 VOCAB = 300
@@ -346,3 +347,23 @@ def test_a_tokenizer_in_the_folder_to_be_made_is_not_cleared_away(tmp_path: Path
     with pytest.raises(UserError, match=r"lies in data\.folder"):
         prepare(data, 512)
     assert model.read_bytes() == b"somebody's own"
+
+
+def test_files_that_prepare_did_not_make_stay(data: DataConfig) -> None:
+    folder = Path(data.folder)
+    folder.mkdir()
+    for name in ("tokenizer.json", "train-00000.bin", "tokenizer.py"):
+        (folder / name).write_text("somebody's own")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"did not make \(tokenizer.json, train-00000.bin\); choose an empty"):
+            prepare(data, VOCAB, quiet)
+    assert {path.read_text() for path in folder.iterdir()} == {"somebody's own"}
+
+
+def test_what_interrupts_the_reading_of_texts_comes_out_as_it_is() -> None:
+    def texts() -> Iterator[str]:
+        yield "a text"
+        raise Stopped("stopped")
+
+    with pytest.raises(Stopped):
+        train_sentencepiece(texts(), 300)

@@ -10,6 +10,7 @@ import pytest
 from lckv_jax.config import load_config
 from lckv_jax.describe import count_parameters, describe
 from lckv_jax.memory import memory, planned_mesh, train_state
+from lckv_jax.model.kernels import choose_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -103,8 +104,12 @@ def test_fits_the_hardware_with_a_fused_kernel(path):
     if path.stem == "quickstart":
         return
     assert found
-    needs = memory(load_config(path), "cudnn")
-    assert sum(needs.state.values()) + 1.5 * needs.step < 0.85e9 * int(found[1] or found[2])
+    alone = re.search(r"on one: (mesh\S+ train\S+?)\.?$", header(path), re.M)
+    for overrides in ([], *([alone[1].split()] if alone else [])):
+        config = load_config(path, overrides)
+        needs = memory(config, choose_backend(config.model, "gpu", seq_len=config.data.seq_len)[0])
+        assert sum(needs.state.values()) + 1.5 * needs.step < 0.85e9 * int(found[1] or found[2])
+    assert ("1b" in path.stem) == (alone is not None)
 
 
 @by_name(PARAMETERS)

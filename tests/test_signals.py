@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from lckv_jax import checkpoint
+from lckv_jax import checkpoint, step_folder
 from lckv_jax.config import load_config
 from lckv_jax.errors import Stopped
 from lckv_jax.train.loop import train
@@ -96,3 +96,25 @@ def test_sigterm_before_the_first_step(finished_config, tmp_path, monkeypatch):
     with pytest.raises(Stopped, match="nothing was lost"):
         train(load_config(finished_config, [f"out={tmp_path / 'other'}"]))
     assert not (tmp_path / "other").exists()
+
+
+def test_sigterm_while_a_checkpoint_is_read_does_not_pass_for_damage(finished_config, tmp_path, monkeypatch):
+    """It may interrupt orbax anywhere: nothing is moved aside, and the run stops before its next step."""
+    folder = tmp_path / "run" / "checkpoints"
+    steps = sorted(path.name for path in folder.iterdir())
+    read = checkpoint.read_step
+
+    def interrupted(*arguments):
+        send()
+        return read(*arguments)
+
+    monkeypatch.setattr(checkpoint, "read_step", interrupted)
+    with pytest.raises(Stopped, match="nothing was lost"):
+        train(load_config(finished_config, ["train.steps=8", "allow_changes=[train.steps]"]))
+    assert sorted(path.name for path in folder.iterdir()) == steps
+    assert not (tmp_path / "run" / "checkpoints.unusable").exists()
+
+
+def test_sigterm_inside_a_reader_is_no_damage():
+    with pytest.raises(Stopped):
+        step_folder._together(lambda: (_ for _ in ()).throw(Stopped("stopped")))

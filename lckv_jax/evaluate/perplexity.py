@@ -20,6 +20,7 @@ from lckv_jax.checkpoint import load
 from lckv_jax.config import Frozen, ModelConfig, Positive, Sources, read_overrides
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.rows import Batch, Text, list_batch, read_text, text_batches
+from lckv_jax.model.kernels import choose_backend
 from lckv_jax.model.layers import Params
 from lckv_jax.model.loss import IGNORED, token_nll
 from lckv_jax.model.refine import Passes, stop_rule
@@ -45,10 +46,12 @@ def score(
     token_lists: each is one text of any length, with its BOS where the model was trained with one; nothing is added. A
     list of fewer than two tokens gives an empty array. Positions run on beyond those that the model was trained on.
     passes: `trained`, `exact` or a tolerance (see `refine.stop_rule`). Results are float32, or the compute dtype if
-    that is wider, and depend on no other list but by rounding, as the shape of a batch decides the order of sums.
+    that is wider, and depend on no other list but by rounding, as the shape of a batch decides the order of sums. The
+    attention kernel is that of `auto` for each length, whatever the model was trained with.
     Raises UserError for a token that the model does not have.
     """
     stop_rule(config, passes)  # a misspelt word is told before any work
+    config = config.model_copy(update={"attention": "auto"})
     lists = [_check_tokens(number, tokens, config.vocab_size) for number, tokens in enumerate(token_lists)]
     params = jax.tree.map(jax.numpy.asarray, params)
     dtype = np.promote_types(np.float32, np.float64 if config.dtype == "float64" else np.float32)
@@ -154,8 +157,10 @@ def evaluate(checkpoint: str, overrides: Sequence[str]) -> None:
     seq_len = wanted.seq_len or run.data.seq_len
     size = "" if text.bytes is None else f" ({text.bytes:,} bytes)"
     say(f"{checkpoint}: {text.what}, {len(text.tokens):,} tokens{size} in rows of {seq_len}")
+    model = run.model.model_copy(update={"attention": "auto"})  # that of the training may not run here
+    say(choose_backend(model, seq_len=seq_len)[1])
     reports = measure(
-        params, run.model, text, settings, seq_len, wanted.batch_size, packing=run.data.packing, console=console
+        params, model, text, settings, seq_len, wanted.batch_size, packing=run.data.packing, console=console
     )
     for line in _table(run.model, reports):
         say(line)

@@ -247,10 +247,10 @@ def _split_over_mesh(
 
 
 def save_attention(primitive: Any, *args: Any, **params: Any) -> bool:
-    """The policy of `jax.checkpoint` that saves what attention returns, so that no kernel runs twice.
+    """The policy of `jax.checkpoint` that saves what attention returns, so that no fused kernel runs twice.
 
-    xla: its output, by name. splash: output and normaliser, by name. cuDNN gives no names to its own, so they are
-    known by their primitive.
+    xla: its output, by name, which spares the product with V alone. splash: output and normaliser, by name. cuDNN gives
+    no names to its own, so they are known by their primitive.
     """
     named = jax.checkpoint_policies.save_only_these_names(SAVED)
     return primitive.name.startswith("dot_product_attention_fwd") or bool(named(primitive, *args, **params))

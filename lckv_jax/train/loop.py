@@ -137,13 +137,14 @@ class _Datasets(NamedTuple):
 
 
 def _batches(config: RunConfig, manifest: Manifest, split: Any) -> Any:
+    """Batches of the train steps; for validation in micro-batches, so that it needs no more memory than a step."""
     data = config.data
     return batches(
         data.folder,
         manifest,
         split,
         seq_len=data.seq_len,
-        batch_size=data.batch_size,
+        batch_size=data.batch_size if split == "train" else data.batch_size // config.train.accumulation,
         seed=config.seed,
         packing=data.packing,
         weights=[source.weight for source in data.sources],
@@ -276,7 +277,8 @@ class _Run:
         """Mean loss over the first validation batches, always the same ones, with the m and b of the model config."""
         dataset = self.datasets.valid
         total, count = 0.0, 0
-        for index in range(min(self.config.train.eval_batches, len(dataset))):
+        train = self.config.train
+        for index in range(min(train.eval_batches * train.accumulation, len(dataset))):
             nll, tokens = self.evaluate(evaluated_params(state), jax.device_put(dataset[index], self.sharding))
             total, count = total + float(nll), count + int(tokens)
         loss = total / count

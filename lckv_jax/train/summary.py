@@ -29,8 +29,10 @@ def summary(
     steps, tokens = config.train.steps, config.data.batch_size * config.data.seq_len
     made = f"done: {stop} steps" if stop >= steps else f"stopped: {stop} of {steps} steps"
     told = [record for record in records if "loss" in record]
-    seen = told[-1].get("tokens_seen") if told else None  # the batch may have changed its size at a resume
-    lines = [f"{made} of {tokens:,} tokens" + (f", {seen:,} in all" if seen else "")]
+    seen = stop * tokens
+    if told:
+        seen = told[-1].get("tokens_seen", seen)  # the batch may have changed its size at a resume
+    lines = [f"{made} of {tokens:,} tokens, {seen:,} in all"]
     lines += _time(seconds, stop - start)
     lines += _speed([record for record in told if record["step"] > start] or told)
     lines += _losses(records, config.model.vocab_size)
