@@ -48,3 +48,13 @@ def test_make_targets_are_the_plain_commands():
 def test_files_named_in_the_readme_exist():
     for name in re.findall(r"`((?:configs|tests|benchmarks)/[\w./-]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)[^)]*\)", text):
+        assert not target or ((ROOT / page).parent / target).exists(), target
