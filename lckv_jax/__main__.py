@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,15 @@ class _Command(NamedTuple):
 
 _CONFIG = _Argument("config", {"metavar": "CONFIG", "help": "a YAML file, such as configs/quickstart.yaml"})
 _CHECKPOINT = _Argument("checkpoint", {"metavar": "CHECKPOINT", "help": "a run's folder, or one of its checkpoints"})
+_SETTINGS = _Argument(
+    "overrides",
+    {
+        "nargs": "*",
+        "default": [],
+        "metavar": "a=b",
+        "help": "files, passes, seq_len, batch_size, max_tokens, out, as in files=texts/*.txt (see docs/training.md)",
+    },
+)
 _OVERRIDES = _Argument(
     "overrides",
     {"nargs": "*", "default": [], "metavar": "a.b=c", "help": "overrides, such as optimizer.learning_rate=1e-3"},
@@ -80,7 +90,7 @@ _COMMANDS = {
                         (_CONFIG, _OVERRIDES, _VERIFY)),
     "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
                          (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
-    "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _OVERRIDES)),
+    "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
 }  # fmt: skip
 
 
@@ -104,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -36,7 +36,7 @@ def refuses(capsys, *arguments):
         ("model.num_heads=3", ["num_heads=3", "num_kv_heads=2"]),
         ("data.sources=[no/such/*.txt]", ["no/such/*.txt"]),
         ("data.tokenizer=none.model", ["none.model"]),
-        ("mesh.data=3", ["data=3", "1 devices"]),
+        ("mesh.data=3", ["data=3", "1 device", "mesh.data=1"]),
         ("optimizer.warmup_steps=6", ["warmup_steps=6", "train.steps=6"]),
         ("out=gs://bucket/run", ["gs://bucket/run", "bucket"]),
         ("seed=4294967296", ["seed", "4294967296"]),
@@ -164,7 +164,8 @@ def test_how_a_command_ends_is_the_exit_code(tiny_config, capsys, monkeypatch):
     for exception, code in ((KeyboardInterrupt, 130), (Stopped("saved"), 42), (UserError("mend it"), 2)):
         monkeypatch.setattr("lckv_jax.train.loop.train", Mock(side_effect=exception))
         assert main(["train", str(tiny_config)]) == code
-        assert any(word in capsys.readouterr().err for word in ("the same command goes on", "saved", "error: mend it"))
+        told = capsys.readouterr().err
+        assert any(word in told for word in ("the same command goes on", "saved", "error: mend it"))
 
 
 def test_evaluate_and_verify_are_handed_on(tiny_config, tmp_path, capsys, monkeypatch):

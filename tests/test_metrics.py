@@ -31,12 +31,16 @@ def test_the_progress_line():
     assert "skipped 2" in progress_text({**RECORD, "skipped": 2}, 500, 61.0)
 
 
+def test_a_long_run_still_tells_its_residual():
+    assert "residual 1.0e-03" in progress_text({**RECORD, "step": 100_000}, 250_000, 1e6)
+
+
 @pytest.mark.parametrize("extra", [{}, {"mfu": 0.4123}, {"skipped": 12}, {"mfu": 0.9, "skipped": 3}])
 @pytest.mark.parametrize("loss", [3.25, 1e30, math.nan])
 @pytest.mark.parametrize("step", [7, 1_000_000])
 def test_it_fits_a_terminal_and_keeps_what_matters(extra, loss, step):
     record = {**RECORD, "step": step, "loss": loss, "tokens_per_second": 12_345_678.9, "passes": 64, **extra}
-    line = progress_text(record, 1_000_000, 1e6)
+    line = progress_text(record, 1_000_000, 1e6, width=80)
     assert len(line) < 80
     assert f"{step}/1000000" in line and "loss" in line
     if loss < 100:

@@ -116,7 +116,7 @@ def test_each_token_is_predicted_once_as_in_training(trained):
 
 
 def test_joined_documents_are_one_text():
-    text = Text("", np.array([1, 5, 6, 2, 1, 7, 2], np.int32), 3, bos_id=1)
+    text = Text("", np.array([1, 5, 6, 2, 1, 7, 2], np.int32), 3, bos_id=1, eos_id=2)
     (batch,) = text_batches(text, 4, 8, "joined")
     np.testing.assert_array_equal(batch["labels"][:, 1:], [[5, 6, 2, 1], [7, 2, -100, -100]])
     np.testing.assert_array_equal(batch["positions"][:, :-1], [[0, 1, 2, 3], [0, 1, -1, -1]])
@@ -201,7 +201,7 @@ def test_given_files(trained, tmp_path, capsys):
 
 def test_a_standard_map_needs_no_passes():
     config, params = make("standard")
-    text = Text("", np.array([1, 5, 6, 2, 1, 7, 2], np.int32), 3, bos_id=1)
+    text = Text("", np.array([1, 5, 6, 2, 1, 7, 2], np.int32), 3, bos_id=1, eos_id=2)
     (report,) = measure(params, config, text, ["exact"], 4, 8)
     assert (report.tokens, report.max_passes, report.residual) == (5, 1, 0.0)
     lists = [[1, 5, 6, 2], [1, 7, 2]]
@@ -251,6 +251,6 @@ def test_data_prepared_otherwise_are_refused(trained):
 def test_a_loss_that_is_not_finite_is_refused():
     config, params = make("0_2_2_3")
     params["final_norm"][0] = np.nan
-    text = Text("", np.array([1, 5, 6, 2], np.int32), 3, bos_id=1)
+    text = Text("", np.array([1, 5, 6, 2], np.int32), 3, bos_id=1, eos_id=2)
     with pytest.raises(UserError, match="passes=exact: the loss is not finite"):
         measure(params, config, text, ["exact"], 4, 8)

@@ -98,7 +98,12 @@ def _padded_length(tokens: int) -> int:
 
 def _as_passes(value: Any) -> Any:
     values = value if isinstance(value, (list, tuple)) else (value,)
-    return tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values)
+    values = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values)
+    if wrong := [v for v in values if isinstance(v, float) and v >= 1.0]:
+        raise ValueError(
+            f"a number is a tolerance such as 1e-2, not how many passes are made; {wrong[0]:g} is too large"
+        )
+    return values
 
 
 class EvaluateConfig(Frozen):
@@ -156,7 +161,8 @@ def evaluate(checkpoint: str, overrides: Sequence[str]) -> None:
     text = read_text(run, wanted.files, wanted.max_tokens, tokenizer)
     seq_len = wanted.seq_len or run.data.seq_len
     size = "" if text.bytes is None else f" ({text.bytes:,} bytes)"
-    say(f"{checkpoint}: {text.what}, {len(text.tokens):,} tokens{size} in rows of {seq_len}")
+    averaged = ", averaged parameters" if run.train.ema_decay else ""
+    say(f"{checkpoint}{averaged}: {text.what}, {len(text.tokens):,} tokens{size} in rows of {seq_len}")
     model = run.model.model_copy(update={"attention": "auto"})  # that of the training may not run here
     say(choose_backend(model, seq_len=seq_len)[1])
     reports = measure(
@@ -283,7 +289,7 @@ def _table(config: ModelConfig, reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _name(passes: Passes) -> str:
-    return passes if isinstance(passes, str) else f"{passes:g}"
+    return passes if isinstance(passes, str) else f"tolerance {passes:g}"
 
 
 def _told(batches: Iterator[Batch], text: Text, batch_tokens: int, console: Console | None) -> Iterator[Batch]:

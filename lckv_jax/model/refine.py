@@ -134,6 +134,8 @@ def solve_rows(
         read, made_B, _ = jax.lax.while_loop(unfinished, one_more, (read, made_B, made_B + 1 < limit_B))
     x, own = _last_pass(config, span, inputs, read, context)
     residual_B = largest_change({owner: own[owner] for owner in config.sharing.upward_sources(span)}, read, context)
+    if stop.limit is None:  # after as many passes as the longest document has tokens nothing is left to change
+        residual_B = jnp.where(made_B + 1 >= limit_B, 0.0, residual_B)
     return Solved(x, own, made_B + 1, residual_B)
 
 

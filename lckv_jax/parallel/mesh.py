@@ -27,8 +27,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fit {len(devices)} "
-            "devices; the sizes must multiply to that number (one of them may be -1)"
+            f"mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fit the {len(devices)} "
+            "device(s) of this machine; the sizes must multiply to that number (one of them may be -1), as "
+            f"mesh.data={len(devices)} mesh.fsdp=1 mesh.tensor=1 do"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 

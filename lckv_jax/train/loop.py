@@ -313,9 +313,9 @@ def _check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) -
     else:
         return
     found = resume.changes(resume.read_config(tree, where), config)
+    resume.check_changes(found, config.allow_changes, f"{where} has")
     for change in found:
         say(f"changed since then: {change}")
-    resume.check_changes(found, config.allow_changes, f"{where} has")
     if meta is not None and meta["step"] > config.train.steps:
         raise UserError(f"{where} is past train.steps={config.train.steps}; raise that, or choose another `out`")
 

@@ -101,7 +101,7 @@ class ProgressLine:
             self._started = time.monotonic()  # the first step holds the compilation
         done = step - self._first - 1
         left = (time.monotonic() - self._started) / done * (self._steps - step) if done > 0 else math.nan
-        line = progress_text(record, self._steps, left)
+        line = progress_text(record, self._steps, left, self._console.width if self._console.is_terminal else 100)
         self._live.update(self._task, completed=step, description=line)
         if not self._console.is_terminal and (step % self._log_every == 0 or step in (self._first + 1, self._steps)):
             self.say(line)
@@ -114,8 +114,8 @@ class ProgressLine:
         self._live.stop()
 
 
-def progress_text(record: Record, steps: int, seconds_left: float) -> str:
-    """One line of fewer than 80 characters about a step: what fits of it, the most wanted first.
+def progress_text(record: Record, steps: int, seconds_left: float, width: int = 100) -> str:
+    """One line of fewer than `width` characters about a step: what fits of it, the most wanted first.
 
     The residual gives way to the MFU where the peak of the device is known; metrics.jsonl has both.
     """
@@ -129,7 +129,7 @@ def progress_text(record: Record, steps: int, seconds_left: float) -> str:
     if record.get("skipped"):
         parts.append((5, f"skipped {record['skipped']:g}"))
     parts.append((6, f"eta {duration(seconds_left)}"))
-    while len(line := "  ".join(text for _, text in parts)) >= 80:
+    while len(line := "  ".join(text for _, text in parts)) >= width:
         parts.remove(min(parts))
     return line
 
