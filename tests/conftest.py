@@ -1,5 +1,6 @@
 """What several tests need: where the golden numbers and the real data are."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -35,6 +36,18 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data absent: set LCKV_TEST_DATA to its folder")
     return folder
+
+
+def needs_torch() -> None:
+    """Skips a module whose tests compare with PyTorch and transformers where they are absent.
+
+    With LCKV_REQUIRE_TORCH=1 in the environment, as in .ci/run, they must be there.
+    """
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            if os.environ.get("LCKV_REQUIRE_TORCH") == "1":
+                pytest.fail(f"{name} is not installed, but LCKV_REQUIRE_TORCH=1", pytrace=False)
+            pytest.skip(f"{name} absent: pip install -e '.[torch]'", allow_module_level=True)
 
 
 def write_tiny_config(folder: Path) -> Path:

@@ -9,9 +9,9 @@ import pytest
 from oracle import frequencies
 
 from lckv_jax import ModelConfig
-from lckv_jax.config import RopeScaling
 from lckv_jax.errors import UserError
 from lckv_jax.model.attention import attend, rope_frequencies, rope_tables, rotate
+from lckv_jax.model_config import RopeScaling
 
 B, T, H = 2, 9, 4
 NAMES = ("q", "k", "v", "q_pos", "k_pos", "q_seg", "k_seg")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +13,13 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
-from lckv_jax.config import ModelConfig, build_config
+from lckv_jax.config import ModelConfig
+from lckv_jax.convert.hub_config import list_names, read_config, read_json
 from lckv_jax.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class _Leaf(NamedTuple):
@@ -69,7 +68,7 @@ def load_hub(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; give the folder of a downloaded model with its config.json")
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     leaves = _leaves(config)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
@@ -165,7 +164,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tenso
         return {name: _Tensor(SINGLE_FILE, handle) for name in names}
     if not index.is_file():
         raise UserError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: has no `weight_map` from tensor names to files; download it again")
     tensors: dict[str, _Tensor] = {}
@@ -174,9 +173,9 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tenso
         held = set(handle.keys())
         listed = {name for name, where in weight_map.items() if where == file}
         if absent := listed - held:
-            raise UserError(f"{folder / file}: lacks {_list(absent)}, which {INDEX_FILE} places there")
+            raise UserError(f"{folder / file}: lacks {list_names(absent)}, which {INDEX_FILE} places there")
         if unlisted := {name for name in held - listed if not _ignorable(name)}:
-            raise UserError(f"{folder / file}: holds {_list(unlisted)}, which {INDEX_FILE} does not place there")
+            raise UserError(f"{folder / file}: holds {list_names(unlisted)}, which {INDEX_FILE} does not place there")
         tensors |= {name: _Tensor(file, handle) for name in listed}
     return tensors
 
@@ -192,9 +191,9 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Any:
 
 def _check_names(folder: Path, expected: list[str], tensors: Mapping[str, _Tensor]) -> None:
     if missing := [name for name in expected if name not in tensors]:
-        raise UserError(f"{folder}: lacks {_list(missing)}, which its config.json calls for")
+        raise UserError(f"{folder}: lacks {list_names(missing)}, which its config.json calls for")
     if surplus := [name for name in tensors.keys() - set(expected) if not _ignorable(name)]:
-        raise UserError(f"{folder}: holds {_list(surplus)}, for which its config.json has no place")
+        raise UserError(f"{folder}: holds {list_names(surplus)}, for which its config.json has no place")
 
 
 def _read_leaf(folder: Path, leaf: _Leaf, tensors: Mapping[str, _Tensor]) -> np.ndarray:
@@ -223,105 +222,3 @@ def _read_leaf(folder: Path, leaf: _Leaf, tensors: Mapping[str, _Tensor]) -> np.
 def _ignorable(name: str) -> bool:
     """Rotary tables, which old checkpoints hold, are computed here."""
     return name.endswith("rotary_emb.inv_freq")
-
-
-def _list(names: Iterable[str], most: int = 4) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# ---------------------------------------------------------------- config.json
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; give the folder of a downloaded model") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: is not a JSON object; download it again")
-    return tree
-
-
-def _read_config(path: Path) -> ModelConfig:
-    """The model configuration that an HF `config.json` means, with HF's defaults where it is silent."""
-    raw = _read_json(path)
-    model_type = raw.get("model_type")
-    if model_type not in ("llama", "lckv-llama"):
-        raise UserError(f"{path}: model_type is {model_type!r}; only llama and lckv-llama can be read")
-    if (act := raw.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"{path}: hidden_act is {act!r}; only silu is computed here")
-    hidden_size, num_heads = (_size(path, raw, key) for key in ("hidden_size", "num_attention_heads"))
-    if (head_dim := raw.get("head_dim")) is None:
-        head_dim, rest = divmod(hidden_size, num_heads)
-        if rest:
-            raise UserError(f"{path}: hidden_size {hidden_size} is no multiple of {num_heads} heads; add head_dim")
-    tree = {
-        "vocab_size": _size(path, raw, "vocab_size"),
-        "hidden_size": hidden_size,
-        "intermediate_size": _size(path, raw, "intermediate_size"),
-        "num_layers": _size(path, raw, "num_hidden_layers"),
-        "num_heads": num_heads,
-        "num_kv_heads": _size(path, raw, "num_key_value_heads", num_heads),
-        "head_dim": head_dim,
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
-        "attention_bias": raw.get("attention_bias", False),
-        "mlp_bias": raw.get("mlp_bias", False),
-        "init_std": raw.get("initializer_range", 0.02),
-        **_rope(path, raw),
-        **(_sharing(raw) if model_type == "lckv-llama" else _plain(path, raw)),
-    }
-    config = build_config(ModelConfig, tree, str(path))
-    if any(config.sharing.windowed) and raw.get("sliding_window", 4096) is None:
-        raise UserError(f"{path}: layer_types marks sliding windows with `s`, but sliding_window is null; set it")
-    return config
-
-
-def _size(path: Path, raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(
-            f"{path}: {key} is {'missing' if value is None else repr(value)}; it must be a positive integer"
-        )
-    return value
-
-
-def _plain(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A llama model shares nothing and has no window."""
-    kinds = raw.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
-        raise UserError(f"{path}: a llama model with layer_types {kinds!r}; a sharing map needs model_type lckv-llama")
-    return {"sharing": "standard"}
-
-
-def _sharing(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that lckv-llama adds, with the official defaults."""
-    layer_types, window = raw.get("layer_types"), raw.get("sliding_window")
-    return {
-        "sharing": "standard" if layer_types is None else layer_types,
-        "window": 4096 if window is None else window,
-        "strict_everywhere": raw.get("force_nodiag", False),
-        "no_grad_passes": raw.get("forward_passes", 7),
-        "grad_passes": raw.get("backward_passes", 2) or 1,  # the official code runs one kept pass also with 0
-    }
-
-
-def _rope(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and scaling of the rotary embedding: `rope_theta` and `rope_scaling`, or `rope_parameters` since HF 5."""
-    key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    scaling = raw.get(key)
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, dict):
-        raise UserError(f"{path}: {key} is {scaling!r}; it must be a mapping or null")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
-    values = {name: value for name, value in scaling.items() if name not in ("rope_type", "type", "rope_theta")}
-    needed = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}.get(kind)
-    if needed is None:
-        raise UserError(f"{path}: {key} is of type {kind!r}; only default, linear and llama3 are computed here")
-    if odd := sorted(values.keys() ^ set(needed)):
-        raise UserError(f"{path}: {key} of type {kind} takes {_list(needed) or 'no values'}; mend {_list(odd)}")
-    return {"rope_theta": theta, "rope_scaling": {"type": kind, **values} if needed else None}

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from lckv_jax.checkpoint import load
-from lckv_jax.config import Frozen, ModelConfig, Positive, Sources, read_overrides
+from lckv_jax.config import ModelConfig, Sources, read_overrides
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.rows import Batch, Text, list_batch, read_text, text_batches
 from lckv_jax.model.kernels import choose_backend
 from lckv_jax.model.layers import Params
 from lckv_jax.model.loss import IGNORED, token_nll
 from lckv_jax.model.refine import Passes, stop_rule
+from lckv_jax.model_config import Frozen, Positive
 
 if TYPE_CHECKING:
     from lckv_jax.data.batches import Packing

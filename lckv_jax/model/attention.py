@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lckv_jax.config import RopeScaling
 from lckv_jax.model import kernels
+from lckv_jax.model_config import RopeScaling
 
 
 def wider(dtype: jnp.dtype) -> jnp.dtype:

@@ -23,6 +23,7 @@ _FREE = (
     "train.save_minutes",
     "train.keep",
     "train.keep_best",
+    "model.max_position_embeddings",
     "metrics.",
 )
 _ROUNDING = (  # the same numbers, added in another order or computed by another kernel
