@@ -1,15 +1,20 @@
 # make train: pretrain the quick start.   make test: run the tests.   Both first install what they need into .venv.
+# make torch: install PyTorch and transformers there too, with which the tests compare exported checkpoints.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: train test lint clean
+TORCH ?= torch
+
+.PHONY: train test torch lint clean
 
 train: .venv/installed
 	$(BIN)/python -m lckv_jax train configs/quickstart.yaml
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto
+
+torch: .venv/installed-torch
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -24,6 +29,10 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed pyproject.toml
 	$(PIP) -e '.[dev]'
+	touch $@
+
+.venv/installed-torch: .venv/installed pyproject.toml
+	$(PIP) '$(TORCH)' -e '.[torch]'
 	touch $@
 
 clean:
