@@ -46,6 +46,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate(options.checkpoint, options.overrides)
 
 
+def _import(options: argparse.Namespace) -> None:
+    from lckv_jax.convert.import_hub import import_hub
+
+    import_hub(
+        options.folder,
+        options.out,
+        sharing=options.sharing,
+        how=options.how,
+        num_kv_heads=options.num_kv_heads,
+        window_includes_self=options.window_includes_self == "yes",
+    )
+
+
 class _Argument(NamedTuple):
     """The arguments of `ArgumentParser.add_argument`."""
 
@@ -83,6 +96,16 @@ _COMPILE = _Argument(
 _PLOT = _Argument(
     "--plot", {"nargs": "?", "const": "", "metavar": "FILE", "help": "draw the map (default: CONFIG's name-map.png)"}
 )
+_IMPORT = (
+    _Argument("folder", {"metavar": "FOLDER", "help": "a Hugging Face folder of type llama, lckv-llama or lckv"}),
+    _Argument("out", {"metavar": "OUT", "help": "the run folder to write"}),
+    _Argument("--sharing", {"metavar": "MAP", "help": "convert to this map, such as lckv(warmup=2)"}),
+    _Argument("--how", {"choices": ("mean", "own"), "default": "mean",
+                        "help": "K/V projections of an owner: the mean over the layers that read it, or its own"}),
+    _Argument("--num-kv-heads", {"metavar": "K", "type": int, "help": "average K/V heads to so many"}),
+    _Argument("--window-includes-self", {"choices": ("yes", "no"), "default": "yes",
+                                         "help": "no: trained by the official flash scripts, one token wider"}),
+)  # fmt: skip
 
 _COMMANDS = {
     "train": _Command(_train, "pretrain; resumes by itself", (_CONFIG, _OVERRIDES)),
@@ -91,6 +114,7 @@ _COMMANDS = {
     "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
                          (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
     "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
+    "import": _Command(_import, "a Hugging Face folder to a run folder, also with another map", _IMPORT),
 }  # fmt: skip
 
 
@@ -118,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; nothing that was saved is lost: run the same command again", file=sys.stderr)
         return 130
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -168,6 +168,15 @@ def restore(
     return found.state, found.meta
 
 
+class Loaded(NamedTuple):
+    """What `load_step` found. step: the one whose parameters they are."""
+
+    params: dict[str, Any]
+    config: RunConfig
+    tokenizer: Tokenizer | None
+    step: int
+
+
 def load(
     run_or_checkpoint: str | Path, *, report: Callable[[str], None] = print
 ) -> tuple[dict[str, Any], RunConfig, Tokenizer | None]:
@@ -179,27 +188,73 @@ def load(
     is told of steps passed over.
     Raises UserError if the folder is neither, or holds no usable checkpoint.
     """
+    loaded = load_step(run_or_checkpoint, report=report)
+    return loaded.params, loaded.config, loaded.tokenizer
+
+
+def load_step(
+    run_or_checkpoint: str | Path,
+    *,
+    place: Callable[[RunConfig], Any] | None = None,
+    report: Callable[[str], None] = print,
+) -> Loaded:
+    """As `load`, with the step, and with the parameters where the caller wants them.
+
+    place: from the configuration of the checkpoint, the shardings of its parameters, in the shape of their tree. It is
+    called before any array is read, and may refuse the checkpoint by raising. All processes call it then.
+    """
     quieten_orbax()
     folder = _absolute(run_or_checkpoint)
+
+    def select(meta: Meta) -> State:
+        return _select_params(meta, place and place(_config_of(folder, meta)))
+
     if (folder / "checkpoints").is_dir():
-        run, found = folder, _newest_usable(folder / "checkpoints", _select_params, report)
+        run, found = folder, _newest_usable(folder / "checkpoints", select, report)
         if found is None:
             raise UserError(f"{folder}: the run has no checkpoint yet; train it until its first save")
         state, meta = found.state, found.meta
-    elif (folder / "meta").is_dir() or (folder / "params").is_dir():
-        run = folder.parent.parent
+    else:
+        run = _run_of(folder)
         try:
-            state, meta = read_step(folder, _select_params)
+            state, meta = read_step(folder, select)
         except Unusable as problem:
             raise UserError(
                 f"{folder}: {problem}; give another step, or the run folder for the newest good one"
             ) from problem
+    tokenizer = _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
+    return Loaded(state.get("ema", state.get("params", {})), _config_of(folder, meta), tokenizer, meta["step"])
+
+
+def load_config_of(run_or_checkpoint: str | Path) -> tuple[RunConfig, Tokenizer | None]:
+    """The configuration and tokenizer that `load` would give, without reading an array; raises as it does.
+
+    In a run folder they are those of the newest step whose metadata is whole.
+    """
+    quieten_orbax()
+    folder = _absolute(run_or_checkpoint)
+    if (folder / "checkpoints").is_dir():
+        run, meta = folder, newest_meta(os.fspath(folder / "checkpoints"))
+        if meta is None:
+            raise UserError(f"{folder}: the run has no usable checkpoint; train it until its first save")
     else:
-        raise UserError(
-            f"{folder}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100"
-        )
-    config = build_config(RunConfig, meta["config"], f"{folder}: config of step {meta['step']}")
-    return state.get("ema", state.get("params", {})), config, _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
+        run = _run_of(folder)
+        try:
+            meta = read_meta(folder)
+        except Unusable as problem:
+            raise UserError(f"{folder}: {problem}; give another step, or the run folder") from problem
+    return _config_of(folder, meta), _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
+
+
+def _run_of(step: epath.Path) -> epath.Path:
+    """The run folder of the folder of a step. Raises UserError if it is none."""
+    if (step / "meta").is_dir() or (step / "params").is_dir():
+        return step.parent.parent
+    raise UserError(f"{step}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100")
+
+
+def _config_of(folder: epath.Path, meta: Meta) -> RunConfig:
+    return build_config(RunConfig, meta["config"], f"{folder}: config of step {meta['step']}")
 
 
 def _load_tokenizer(run: Path, fingerprint: str) -> Tokenizer | None:
@@ -273,12 +328,13 @@ def _set_aside(manager: ocp.CheckpointManager, steps: tuple[int, ...]) -> epath.
     return aside
 
 
-def _select_params(meta: Meta) -> State:
-    """The parameters to evaluate: their average where the run keeps one."""
+def _select_params(meta: Meta, shardings: Any = None) -> State:
+    """The parameters to evaluate: their average where the run keeps one. shardings: None = on the first device."""
     wanted = "ema." if any(path.startswith("ema.") for path in meta["leaves"]) else "params."
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    lies = {} if shardings is None else leaves_by_path(shardings)
     leaves = {
-        path: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=lies.get(path.removeprefix(wanted), device))
         for path, (dtype, shape, _) in meta["leaves"].items()
         if path.startswith(wanted)
     }

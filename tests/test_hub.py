@@ -292,6 +292,32 @@ def test_missing_and_surplus_tensors_are_named(tmp_path):
         load_hub(write_folder(tmp_path, SMALL, tensors))
 
 
+def test_projections_that_the_map_drops_are_told_where_asked_and_nothing_else_is(tmp_path):
+    config = SMALL | {"attention_bias": True}
+    tensors = small_tensors(config)
+    whole = small_tensors(config | {"layer_types": "0_1_2"})
+    surplus = {name: tensor for name, tensor in whole.items() if name not in tensors}
+    assert len(surplus) == 4  # weights and biases of layer 1
+    told = []
+    params, model = load_hub(write_folder(tmp_path, config, tensors | surplus), report=told.append)
+    assert_same_tensors(to_hub(params, model), tensors)
+    assert len(told) == 1 and "4 tensors: K/V projections of layer 1, which the map 0_2_2" in told[0]
+    for odd in ("model.layers.3.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.bias", "score.weight"):
+        with pytest.raises(UserError, match=f"holds {odd}, for which"):
+            load_hub(write_folder(tmp_path, config, tensors | surplus | {odd: np.zeros(3, np.float32)}), report=print)
+    with pytest.raises(UserError, match=r"holds model\.layers\.1\.self_attn\.k_proj\.bias, .*bias, for which"):
+        load_hub(write_folder(tmp_path, SMALL, small_tensors(SMALL) | surplus), report=print)  # no attention_bias
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_numbers_that_are_not_finite(tmp_path, value, dtype):
+    tensors = small_tensors(SMALL, dtype)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = value
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load_hub(write_folder(tmp_path, SMALL, tensors))
+
+
 def test_rotary_tables_are_ignored(tmp_path):
     tensors = small_tensors(SMALL)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}

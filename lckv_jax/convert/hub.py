@@ -1,10 +1,10 @@
-"""Hugging Face weights in and out: folders of model type `llama` and `lckv-llama`, without torch."""
+"""Hugging Face weights in and out: folders of model type `llama`, `lckv-llama` and our own `lckv`, without torch."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from lckv_jax.config import ModelConfig
 from lckv_jax.convert.hub_config import list_names, read_config, read_json
 from lckv_jax.errors import UserError
+from lckv_jax.sharing import KVSharing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,14 +57,18 @@ class _Leaf(NamedTuple):
         return entry.reshape(self.hub_shape[::-1]).T if self.inputs else entry.reshape(self.hub_shape)
 
 
-def load_hub(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
+def load_hub(
+    folder: str | Path, *, report: Callable[[str], object] | None = None
+) -> tuple[dict[str, Any], ModelConfig]:
     """The parameters and configuration of the Hugging Face folder `folder` (`config.json` and safetensors).
 
     Returns the plain dict tree of numpy arrays that `model.transformer` uses, in the dtype of the files, and the model
     configuration; a setting that HF does not have keeps its default, the compute dtype among them. Tensors are read
     one at a time into place, so the peak is the parameters and one tensor.
-    Raises UserError if the folder is incomplete or damaged, or if configuration and tensors do not fit each other: no
-    parameter is ever left at random, and no tensor is dropped but rotary tables.
+    report: is told of the K/V projections of layers that compute none, as files hold whose map was changed by hand;
+    None refuses them.
+    Raises UserError if the folder is incomplete or damaged, if configuration and tensors do not fit each other, or a
+    number is not finite: no parameter is ever left at random, and no other tensor is dropped but rotary tables.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -72,7 +77,7 @@ def load_hub(folder: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     leaves = _leaves(config)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
-        _check_names(folder, [name for leaf in leaves for name in leaf.names], tensors)
+        _check_names(folder, config, tensors, report)
         flat = {leaf.path: _read_leaf(folder, leaf, tensors) for leaf in leaves}
         return traverse_util.unflatten_dict(flat, sep="."), config
 
@@ -189,11 +194,27 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Any:
         raise UserError(f"{path}: cut short or damaged ({error}); download it again") from error
 
 
-def _check_names(folder: Path, expected: list[str], tensors: Mapping[str, _Tensor]) -> None:
-    if missing := [name for name in expected if name not in tensors]:
+def _check_names(
+    folder: Path, config: ModelConfig, tensors: Mapping[str, _Tensor], report: Callable[[str], object] | None
+) -> None:
+    expected = _names(config)
+    if missing := expected - tensors.keys():
         raise UserError(f"{folder}: lacks {list_names(missing)}, which its config.json calls for")
-    if surplus := [name for name in tensors.keys() - set(expected) if not _ignorable(name)]:
-        raise UserError(f"{folder}: holds {list_names(surplus)}, for which its config.json has no place")
+    surplus = {name for name in tensors.keys() - expected if not _ignorable(name)}
+    unshared = config.model_copy(update={"sharing": KVSharing.parse("standard", config.num_layers)})
+    dropped = surplus & _names(unshared) if report else set()
+    if surplus - dropped:
+        raise UserError(f"{folder}: holds {list_names(surplus - dropped)}, for which its config.json has no place")
+    if report and dropped:
+        layers = sorted({int(name.split(".")[2]) for name in dropped})
+        report(
+            f"left out {len(dropped)} tensors: K/V projections of layer{'s' * (len(layers) > 1)} "
+            f"{', '.join(map(str, layers))}, which the map {config.sharing} does not use"
+        )
+
+
+def _names(config: ModelConfig) -> set[str]:
+    return {name for leaf in _leaves(config) for name in leaf.names}
 
 
 def _read_leaf(folder: Path, leaf: _Leaf, tensors: Mapping[str, _Tensor]) -> np.ndarray:
@@ -215,7 +236,11 @@ def _read_leaf(folder: Path, leaf: _Leaf, tensors: Mapping[str, _Tensor]) -> np.
     kind = kinds.pop() if len(kinds) == 1 else "F64" if "F64" in kinds else "F32"
     array = np.empty(leaf.full_shape, _DTYPES[kind])
     for name, entry in zip(leaf.names, array if leaf.stacked else [array]):
-        leaf.hub_view(entry)[...] = tensors[name].handle.get_tensor(name)
+        file, handle = tensors[name]
+        tensor = handle.get_tensor(name)
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{folder / file}: {name} holds NaN or infinity; take an earlier checkpoint of that model")
+        leaf.hub_view(entry)[...] = tensor
     return array
 
 

@@ -32,7 +32,7 @@ def reshare(
     its query heads.
     params: numpy or jax arrays, also traced or sharded ones. Means of numpy arrays are taken in float64, those of jax
     arrays in float32 or wider; the result has the dtype of the leaf, and the mean of equal projections is that
-    projection, bit for bit. All other leaves, and the stacks that stay as they are, are the very arrays that were given.
+    projection, bit for bit. All other leaves, and stacks that stay as they are, are the very arrays that were given.
     Raises UserError if the map is not one of this model's layers, or the heads do not divide, or `how` is unknown.
     """
     new = resharded_config(config, sharing, num_kv_heads)
@@ -65,6 +65,20 @@ def old_slots(old: KVSharing, new: KVSharing, how: How) -> tuple[tuple[int, ...]
         own = {owner: slot for slot, owner in enumerate(old.owners)}
         return tuple((own.get(owner, old.slot_of[owner]),) for owner in new.owners)
     return tuple(tuple(old.slot_of[layer] for layer in new.donors(slot)) for slot in range(len(new.owners)))
+
+
+def describe_change(old: ModelConfig, new: ModelConfig, how: How) -> str:
+    """What `reshare` does from one to the other, in a line; empty where it does nothing."""
+    told = []
+    if new.sharing != old.sharing:
+        told.append(f"map {old.sharing} -> {new.sharing}")
+        averaged = any(len(set(slots)) > 1 for slots in old_slots(old.sharing, new.sharing, how))
+        told.append("K/V projections averaged over the layers that read them" if averaged else "K/V projections copied")
+        if dropped := [str(layer) for layer in old.sharing.owners if layer not in new.sharing.owners]:
+            told.append(f"dropped from layer{'s' * (len(dropped) > 1)} {', '.join(dropped)}")
+    if new.num_kv_heads != old.num_kv_heads:
+        told.append(f"{old.num_kv_heads} K/V heads averaged to {new.num_kv_heads}")
+    return ", ".join(told)
 
 
 def _converted(stack: Any, chosen: tuple[tuple[int, ...], ...], merged: int) -> Any:
