@@ -31,9 +31,10 @@ from lckv_jax.train.optimizer import make_optimizer
 from lckv_jax.train.profiler import Profiler
 from lckv_jax.train.signals import noting_sigterm, stopping_at_once
 from lckv_jax.train.spikes import refuse_to_go_on
-from lckv_jax.train.state import TrainState, abstract_state, evaluated_params, init_state
+from lckv_jax.train.state import TrainState, abstract_state, evaluated_params
 from lckv_jax.train.step import check_micro_batch, make_eval_step, make_train_step
 from lckv_jax.train.summary import summary
+from lckv_jax.train.warm_start import check_start, first_state
 from lckv_jax.train.writers import check_writers, open_writers
 
 
@@ -63,7 +64,8 @@ def train(config: RunConfig) -> None:
     peak = peak_flops(config, device.device_kind, device.platform)
     out = Path(config.out).expanduser()
     with stopping_at_once(), run_folder.held(out, say):
-        _check_resumable(config, out, say)
+        if not _check_resumable(config, out, say):
+            check_start(config)
         manifest = prepare(config.data, config.model.vocab_size, say)
         datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
         keep, keep_best = config.train.keep, config.train.keep_best
@@ -119,7 +121,7 @@ def _start(
         report=say,
     )
     if restored is None:
-        state, tokens_seen = init_state(config, optimizer, mesh), 0
+        state, tokens_seen = first_state(config, optimizer, mesh, say), 0
     else:
         state, tokens_seen = restored[0], _tokens_seen(restored[1])
         say(f"resuming {out} from step {int(state['step'])}")
@@ -294,12 +296,19 @@ class _Run:
         return loss
 
 
-def _check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) -> None:
-    """Shows what the config changes in the run that the folder holds; raises UserError if that is not allowed.
+def _check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) -> bool:
+    """Whether the folder holds a checkpoint to go on from.
+
+    Shows what the config changes in the run that the folder holds; raises UserError if that is not allowed.
 
     Looks at the newest checkpoint, or, before the first one, at config.json; before the first step anything goes.
     """
     meta = checkpoint.newest_meta(out / "checkpoints")
+    if meta is not None and not any(path.startswith("opt.") for path in meta["leaves"]):
+        raise UserError(
+            f"{out} holds an imported model, not a run to go on with; choose another `out`, with "
+            f"init_from={config.out} to start from it"
+        )
     if meta is not None:
         where, tree = f"{out}: its checkpoint of step {meta['step']}", meta["config"]
     elif read_metrics(out / "metrics.jsonl"):
@@ -311,13 +320,14 @@ def _check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) -
                 f"{out} holds a run, but its config.json cannot be read; put it back, or choose another `out`"
             ) from error
     else:
-        return
+        return False
     found = resume.changes(resume.read_config(tree, where), config)
     resume.check_changes(found, config.allow_changes, f"{where} has")
     for change in found:
         say(f"changed since then: {change}")
     if meta is not None and meta["step"] > config.train.steps:
         raise UserError(f"{where} is past train.steps={config.train.steps}; raise that, or choose another `out`")
+    return meta is not None
 
 
 def _check_same_run(config: RunConfig, manifest: Manifest, meta: dict[str, Any]) -> None:

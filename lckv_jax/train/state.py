@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, m
     What has the shape of a parameter (moments, averages) lies as that parameter does; the rest, which is small, is
     whole on every device: counts, and the rows and columns of Adafactor's second moments.
     """
-    shapes = jax.eval_shape(lambda: _initial(config, optimizer))
+    shapes = jax.eval_shape(lambda: _initial(config, optimizer, _seeded(config)))
     shardings = parameter_shardings(config.model, mesh)
     params = {_names(path): x for path, x in jax.tree_util.tree_leaves_with_path(shapes["params"])}
     lies = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)}
@@ -49,14 +50,24 @@ def _names(path: Any) -> tuple[str, ...]:
     return tuple(entry.key for entry in path if isinstance(entry, DictKey))
 
 
-def init_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh state of `config.seed`, each shard made on its own device; the same numbers on every mesh."""
+def init_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any = None
+) -> TrainState:
+    """A fresh state, each shard made on its own device; the same numbers on every mesh.
+
+    params: to begin with, laid out as `parameter_shardings` says; they are donated. None = those of `config.seed`.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
-    return jax.jit(lambda: _initial(config, optimizer), out_shardings=shardings)()
+    if params is None:
+        return jax.jit(lambda: _initial(config, optimizer, _seeded(config)), out_shardings=shardings)()
+    return jax.jit(partial(_initial, config, optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def _initial(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    params = init_params(config.model, jax.random.key(config.seed))
+def _seeded(config: RunConfig) -> Any:
+    return init_params(config.model, jax.random.key(config.seed))
+
+
+def _initial(config: RunConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     state = {
         "params": params,
         "opt": optimizer.init(params),
