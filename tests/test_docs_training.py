@@ -3,18 +3,29 @@
 import importlib.util
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from test_hub import SMALL as SMALL_LLAMA
+from test_hub import small_tensors, write_folder
 
 from lckv_jax.__main__ import main
 from lckv_jax.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
-LINES = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [line[line.index("lckv_jax") + 1 :] for line in LINES]
+
+
+def commands(page):
+    """The commands on a page, each as the words after `lckv_jax`."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line[line.index("lckv_jax") + 1 :] for line in lines]
+
+
+START = re.search(r"^## Start from a finished model\n(.*?)^## ", PAGE, re.M | re.S)[1]
+COMMANDS = commands(PAGE.replace(START, ""))
 SMALL = ["model.vocab_size=512", "model.hidden_size=32", "data.seq_len=32", "data.batch_size=2", "train.steps=2",
          "optimizer.warmup_steps=1", "train.eval_batches=1", "mesh.fsdp=1", "model.num_layers=4",
          "model.sharing=lckv"]  # fmt: skip
@@ -83,10 +94,48 @@ def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
     assert ("--plot" in rest) == (tmp_path / "lckv-50m-map.png").exists()
 
 
+def test_starting_from_a_finished_model(tmp_path, monkeypatch, capsys):
+    """The commands of that section, one after the other, each on what those before it made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate((START, START[::2])):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
+    small = [
+        *SMALL,
+        "model.intermediate_size=32",
+        "model.remat=none",
+        "data.sources=[texts/*.txt]",
+        "data.validation_fraction=0.5",
+    ]
+    assert main(["train", str(ROOT / "configs/quickstart.yaml"), *small]) == 0
+    llama = SMALL_LLAMA | {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 64,
+    }
+    tensors = small_tensors(llama | {"layer_types": "0_1_2_3"})
+    del llama["layer_types"]
+    (tmp_path / "downloads").mkdir()
+    write_folder(tmp_path / "downloads" / "llama", llama, tensors)
+    shutil.copy("runs/quickstart/tokenizer.model", "downloads/llama")
+    for action, subject, *rest in commands(START):
+        if action == "train":
+            sizes = [word for word in small if not word.startswith("model.")] if "models/" in subject else small
+            subject = str(ROOT / subject) if subject.startswith("configs/") else subject
+            rest = [*sizes, *rest]
+        if action == "evaluate":
+            rest.append("max_tokens=500")
+        assert main([action, subject, *rest]) == 0
+    told = capsys.readouterr().out
+    assert told.count("starting from") == 3 and told.count("read back and compared") == 2
+
+
 def test_the_commands_are_those_promised():
-    assert {command[0] for command in COMMANDS} == {"describe", "prepare", "train", "evaluate"}
-    flags = {word for command in COMMANDS for word in command if word.startswith("--")}
-    assert flags == {"--verify", "--compile", "--plot"}
+    promised = commands(PAGE)
+    assert {command[0] for command in promised} == {"describe", "prepare", "train", "evaluate", "import"}
+    flags = {word for command in promised for word in command if word.startswith("--")}
+    assert flags == {"--verify", "--compile", "--plot", "--sharing"}
 
 
 def test_every_preset_and_only_presets_are_named():

@@ -208,8 +208,8 @@ def _check_names(
     if report and dropped:
         layers = sorted({int(name.split(".")[2]) for name in dropped})
         report(
-            f"left out {len(dropped)} tensors: K/V projections of layer{'s' * (len(layers) > 1)} "
-            f"{', '.join(map(str, layers))}, which the map {config.sharing} does not use"
+            f"left out {list_names(dropped, most=len(dropped))}: the map {config.sharing} has no K/V projections in "
+            f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
         )
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,23 @@ def new_folder(out: Path) -> Iterator[Path]:
                 yield partial
                 _refuse_existing(out)
                 os.replace(partial, out)
-            finally:
-                if partial.exists():
-                    shutil.rmtree(partial, ignore_errors=True)
+            except BaseException:
+                _remove(partial)
+                raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
             f"{out} cannot be written: {reason}; nothing was left there: mend that and try again"
         ) from error
+
+
+def _remove(folder: Path) -> None:
+    """Also what threads of an interrupted checkpoint still write for a moment, which make folders anew."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
 
 
 def _refuse_existing(out: Path) -> None:
