@@ -57,7 +57,7 @@ class Model(NamedTuple):
     def notes(self) -> list[str]:
         """What no tokenizer.json can say of this model, and rare texts show."""
         notes = {
-            "of two cuts of a long text whose scores are equal but for rounding, its tokenizer.json may take the other": (
+            "its tokenizer.json may cut a long text otherwise where scores are equal but for rounding": (
                 self.algorithm == _UNIGRAM
             ),
             "its tokenizer.json sorts combining marks that are not in canonical order": bool(self.charsmap),

@@ -100,8 +100,11 @@ def _begin_only(tree: dict[str, Any], name: str, id: int) -> None:
         "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}},
     }
     tree.update(truncation=None, padding=None)
-    if tree["model"].get("dropout") is not None:
+    if "dropout" in tree["model"]:
         tree["model"]["dropout"] = None
+    for token in tree.get("added_tokens") or ():
+        if token.get("special"):  # tokenizers 0.23 decodes it as text where it is to be normalised
+            token["normalized"] = False
 
 
 def _more_names(tree: Mapping[str, Any], configs: Sequence[Path]) -> dict[str, str]:
@@ -149,7 +152,8 @@ def _telling(*groups: Sequence[str]) -> list[str]:
     """Texts at which two implementations of one tokenizer could part: fixed ones, and mixtures of pieces of a group."""
     texts = ["", *re.split("[;\n]", _WRITTEN), *_ESCAPED]
     texts += [begin + run * count + end for run in _RUNS for count in range(1, 40) for begin, end in (("", ""), "xy")]
-    characters = [chr(code) for code in range(1, 0xFFFE) if not 0xD800 <= code < 0xE000]
+    odd = {0x344, *range(0xD800, 0xE000)}  # a mark that is two, never in canonical order; surrogates
+    characters = [chr(code) for code in range(1, 0xFFFE) if code not in odd]
     texts += ["a".join(characters[start : start + 128]) for start in range(0, len(characters), 128)]
     chance = random.Random(0)
     for group in groups:

@@ -39,7 +39,7 @@ class TokenizerJson:
         ids = _ids(tree)
         names = _find_ends(ids, {token["content"] for token in tree.get("added_tokens") or ()}, settings)
         self.bos_id, self.eos_id = (ids[name] for name in names)
-        decisive = {key: tree.get(key) for key in _DECIDES_IDS}
+        decisive = _without_idle_flags({key: tree.get(key) for key in _DECIDES_IDS})
         canonical = json.dumps([decisive, self.bos_id, self.eos_id], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         _hide(tree, names)
@@ -117,6 +117,16 @@ def _find_ends(ids: dict[str, int], added: set[str], config: dict[str, Any]) -> 
     return (begins and named["bos_token"]) or named["eos_token"], named["eos_token"]
 
 
+def _without_idle_flags(decisive: dict[str, Any]) -> dict[str, Any]:
+    """The same without what decides no id: dropout, and whether special tokens are looked for in normalised text."""
+    added, model = decisive["added_tokens"], dict(decisive["model"])
+    if added:
+        added = [token | ({"normalized": False} if token.get("special") else {}) for token in added]
+    if "dropout" in model:
+        model["dropout"] = None
+    return {**decisive, "model": model, "added_tokens": added}
+
+
 def _hide(tree: dict[str, Any], ends: tuple[str, str]) -> None:
     """Changes `tree` so that no text yields a special token.
 
@@ -129,7 +139,8 @@ def _hide(tree: dict[str, Any], ends: tuple[str, str]) -> None:
         model["unk_token"] = _HIDDEN + model["unk_token"]
     for token in added:
         if token["content"] in special:
-            token.update(content=_HIDDEN + token["content"], special=True)
+            # normalized: tokenizers 0.23 decodes such a token as its normalised name, and takes that for text
+            token.update(content=_HIDDEN + token["content"], special=True, normalized=False)
     vocab = model.get("vocab", {})
     if isinstance(vocab, dict):
         model["vocab"] = {_HIDDEN * (piece in special) + piece: id for piece, id in vocab.items()}
