@@ -143,8 +143,7 @@ def convert(model: Model) -> dict[str, Any]:
     if bpe and symbols:  # each stands alone, and is taken whole
         alternatives = "|".join(map(_escape, sorted(symbols, key=len, reverse=True)))
         splits.append(_split(alternatives, "Isolated"))
-    if not bpe or symbols:  # a model that takes what it knows whole must not see the names of control tokens
-        splits += _hiding(model)
+    splits += _hiding(model)
     special = {id: piece.text for id, piece in enumerate(model.pieces) if piece.type in (_CONTROL, _UNKNOWN)}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -175,31 +174,35 @@ def _refuse_foreign(model: Model) -> None:
 
 
 def _normalizers(model: Model) -> Iterator[dict[str, Any]]:
+    prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.dummy_prefix else []
+    if not model.trims_spaces:  # the prefix is there also before a text of which the map leaves nothing
+        yield from prefix
     if model.charsmap:
         yield from _composing(model.charsmap)
     if model.trims_spaces:
         yield _replace(r"\A +", "")
         yield _replace(" {2,}", " ")
         yield _replace(rf"[ {_SPACE}]+\z", "")
-    if model.dummy_prefix:
-        yield {"type": "Prepend", "prepend": _SPACE}
+        yield from prefix
     yield {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if strange := [name for name in _names(model) if _is_unknown(name, model)]:  # unknown characters are one token
+        yield _replace("|".join(map(_escape, strange)), "\ufdd0")  # which is no character, and no piece
 
 
 def _composing(charsmap: bytes) -> Iterator[dict[str, Any]]:
     """Each character by the map, then NFC.
 
     The library looks up grapheme clusters and drops what the map does not know of them, so something is put between
-    all characters first that stands alone and that the map removes: U+0001. A map that keeps U+0001 removes nothing
-    else either; then it is U+FFF0, and every other one of a row goes, so that those of the text stay.
+    behind each character first that stands alone and that the map removes: U+0001. A map that keeps U+0001 removes
+    nothing else either; then it is U+FFF0, and every other one of a row goes, so that those of the text stay.
     """
     precompiled = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
     removes = not _normalized(precompiled, "\x01")
-    between = "\x01" if removes else "\ufff0"
-    yield _replace(r"(?<=[\s\S])(?=[\s\S])", between)
+    mark = "\x01" if removes else "\ufff0"
+    yield _replace(r"(?<=[\s\S])", mark)
     yield precompiled
     if not removes:
-        yield _replace(rf"{between}(?=(?:{between}{between})*(?!{between}))", "")
+        yield _replace(rf"{mark}(?=(?:{mark}{mark})*(?!{mark}))", "")
     yield {"type": "NFC"}
 
 
@@ -214,21 +217,23 @@ def _decoders(model: Model) -> list[dict[str, Any]]:
     if model.byte_fallback:
         decoders.append({"type": "ByteFallback"})
     decoders.append({"type": "Fuse"})
-    if model.dummy_prefix:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if model.dummy_prefix or model.trims_spaces:
+        count = 2**31 if model.trims_spaces else 1
+        decoders.append({"type": "Strip", "content": " ", "start": count, "stop": 0})
     return decoders
 
 
 def _unigram(model: Model) -> dict[str, Any]:
-    """Scores as they are; a user-defined symbol gets the one by which sentencepiece prefers it to its parts."""
-    normal = [piece.score for piece in model.pieces if piece.type == _NORMAL]
-    best, vocab = max(normal), []
-    for text, score, type in model.pieces:
+    best = max(piece.score for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED))
+    vocab = []
+    for text, score, type in model.pieces:  # a user-defined symbol is preferred to what it is made of
         vocab.append([text, len(text.encode()) * best - 0.1 if type == _USER_DEFINED else score])
-    if min(score for _, score in vocab) < min(normal):  # the price of an unknown character falls with it
-        _refuse_unknown_parts(model)
-    unknown = next(id for id, piece in enumerate(model.pieces) if piece.type == _UNKNOWN)
-    return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": model.byte_fallback}
+    return {
+        "type": "Unigram",
+        "unk_id": next(id for id, piece in enumerate(model.pieces) if piece.type == _UNKNOWN),
+        "vocab": vocab,
+        "byte_fallback": model.byte_fallback,
+    }
 
 
 def _bpe(model: Model, *, ignore_merges: bool) -> dict[str, Any]:
@@ -282,7 +287,9 @@ def _hiding(model: Model) -> list[dict[str, Any]]:
     """Pre-tokenizers that cut text which reads like a control, unknown or byte token, where no piece spans the cut."""
     written = set(model.written)
     after: dict[str, list[str]] = {}
-    for name in model.texts(_CONTROL, _UNKNOWN, *([_BYTE] if model.byte_fallback else [])):
+    for name in _names(model):
+        if _is_unknown(name, model):
+            continue
         at = _cut(name, written, fuses=not model.byte_fallback)
         if at is None:
             raise UserError(
@@ -290,8 +297,20 @@ def _hiding(model: Model) -> list[dict[str, Any]]:
                 f"tokenizer.model; {ALONE}"
             )
         after.setdefault(name[:at], []).append(name[at:])
-    patterns = (f"{_escape(begin)}(?={'|'.join(map(_escape, ends))})" for begin, ends in after.items())
-    return [_split("|".join(patterns), "MergedWithPrevious")]
+    patterns = [f"{_escape(begin)}(?={'|'.join(map(_escape, ends))})" for begin, ends in after.items()]
+    return [_split("|".join(patterns), "MergedWithPrevious")] if patterns else []
+
+
+def _names(model: Model) -> list[str]:
+    """Pieces of a vocabulary that takes what it knows whole, which text must not become; none for other models."""
+    if model.algorithm != _UNIGRAM and not model.texts(_USER_DEFINED):
+        return []
+    return model.texts(_CONTROL, _UNKNOWN, *([_BYTE] if model.byte_fallback else []))
+
+
+def _is_unknown(name: str, model: Model) -> bool:
+    """Whether text that reads `name` is one unknown token."""
+    return not model.byte_fallback and set(model.written).isdisjoint(name)
 
 
 def _cut(name: str, written: Collection[str], *, fuses: bool) -> int | None:
