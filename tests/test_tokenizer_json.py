@@ -198,8 +198,18 @@ def test_one_token_may_be_unknown_begin_and_end() -> None:
     assert tokenizer.decode(tokenizer.encode("x <|endoftext|>")) == "x <|endoftext|>"
 
 
+def test_begin_and_end_are_no_text_though_they_are_to_be_normalised() -> None:
+    tree = json.loads(byte_level("<s>", "</s>").to_str())
+    tree["normalizer"] = {"type": "Prepend", "prepend": "_"}
+    for token in tree["added_tokens"]:
+        token["normalized"] = True
+    tokenizer = TokenizerJson(json.dumps(tree).encode())
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a"), tokenizer.eos_id]) == "_a"
+
+
 def test_fingerprint_is_of_what_decides_ids() -> None:
     tree = json.loads(byte_level("<s>", "</s>", "<|endoftext|>").to_str())
+    normalized = [{**token, "normalized": True} for token in tree["added_tokens"]]
 
     def fingerprint(config: dict | None = None, **changes: object) -> str:
         content = json.dumps({**tree, **changes}, indent=1).encode()
@@ -209,6 +219,8 @@ def test_fingerprint_is_of_what_decides_ids() -> None:
         fingerprint(),
         fingerprint(truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}),
         fingerprint(decoder=None),
+        fingerprint(added_tokens=normalized),
+        fingerprint(model={**tree["model"], "dropout": 0.1}),
         fingerprint(model={**tree["model"], "vocab": dict(reversed(tree["model"]["vocab"].items()))}),
         fingerprint({"bos_token": "<s>", "eos_token": "</s>"}),
     ]
