@@ -221,6 +221,23 @@ def test_unigram_models(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert ties <= 0.02 * len(texts)
 
 
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_few_characters_and_many_runs(algorithm: str, tmp_path: Path) -> None:
+    """Names of which all characters are unknown are the unknown token; merges of runs go from left to right."""
+    chance, content = random.Random(0), io.BytesIO()
+    words = [chance.choice(["aab" * chance.randrange(1, 4), "a" * chance.randrange(1, 9), "ba"]) for _ in range(2000)]
+    sentencepiece.SentencePieceTrainer.train(
+        **{**PLAIN, "vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2, "model_type": algorithm},
+        sentence_iterator=(" ".join(words[i : i + 8]) for i in range(0, len(words), 8)),
+        model_writer=content,
+    )
+    strange = ["<<s>s>", "<</s>/s>a<s>", "<unk><s>", "<s>a</s>b<unk>", "<", "a<<s>>b"]
+    runs = [begin + "a" * count + end for count in range(40) for begin in ("", "b", " ") for end in ("", "b", " b")]
+    check_same(
+        content.getvalue(), exported(content.getvalue(), tmp_path), [*strange, *(runs if algorithm == "bpe" else [])]
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

@@ -242,7 +242,8 @@ def _bpe(model: Model, *, ignore_merges: bool) -> dict[str, Any]:
         _refuse_unknown_parts(model)
         normal = {piece.text: piece.score for piece in model.pieces if piece.type == _NORMAL}
         for text in sorted(normal, key=lambda text: -normal[text]):  # of equal score, the earlier first
-            merges += [[text[:at], text[at:]] for at in _cuts(text) if text[:at] in normal and text[at:] in normal]
+            cuts = ((text[:at], text[at:]) for at in range(1, len(text)))
+            merges += [cut for cut in cuts if normal.keys() >= {*cut}]
     return {
         "type": "BPE",
         "dropout": None,
@@ -255,18 +256,6 @@ def _bpe(model: Model, *, ignore_merges: bool) -> dict[str, Any]:
         "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
         "merges": merges,
     }
-
-
-def _cuts(text: str) -> Iterator[int]:
-    """Where `text` can be cut in two, in the order in which merging the two is to be tried.
-
-    sentencepiece merges the leftmost two that make a piece, however they are cut; here each cut has a rank. It matters
-    where x, y, z lie side by side and xy = yz: then the cut of xy must come first.
-    """
-    for at in range(len(text) - 1, (len(text) - 1) // 2, -1):
-        other = len(text) - at
-        first_at_other = text.startswith(text[other:]) and not text.startswith(text[at:])
-        yield from (other, at) if first_at_other else (at, other) if other != at else (at,)
 
 
 def _refuse_unknown_parts(model: Model) -> None:

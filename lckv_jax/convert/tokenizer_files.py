@@ -55,7 +55,10 @@ def hub_tokenizer_files(folder: Path, *, context: int) -> dict[str, bytes]:
         "eos_token": ends[1],
         **_more_names(tree, files[1:]),
         "model_max_length": context,
-        "model_input_names": ["input_ids", "attention_mask"],  # generate() refuses token_type_ids
+        "model_input_names": [
+            "input_ids",
+            "attention_mask",
+        ],  # transformers 4 adds token_type_ids, which generate() refuses
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # text is data: what reads like a special token is none
     }
