@@ -29,7 +29,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-KV = tuple[Tensor, Tensor]  # keys, rotated at their own positions, and values, each [B, K, S, H]
+KV = tuple[Tensor, ...]  # keys, rotated at their own positions, and values, each [B, K, S, H]
 Slots = dict[int, KV]  # by owner
 
 
