@@ -92,14 +92,15 @@ class LckvConfig(PreTrainedConfig):
         theta, scaling, rope = (keys.pop(name) for name in ("rope_theta", "rope_scaling", "rope_parameters"))
         rope = rope or scaling or {}  # transformers 5 rewrites the older spelling, of two keys, into rope_parameters
         self.rope_parameters = {"rope_theta": theta, "rope_type": rope.get("type", "default"), **rope}
-        self.use_cache = keys.pop("use_cache")  # transformers takes it for a setting of generate(), and drops it
-        super().__init__(**keys)
-        read_sharing(self.sharing, layers)
+        read_sharing(keys["sharing"], layers)
         for name, values in CHOICES.items():
             if (value := {**keys, **self.rope_parameters}[name]) not in values:
                 raise ValueError(f"{name} is {value!r}; this model computes only {', '.join(map(str, values))}")
-        if heads % self.num_key_value_heads or self.no_grad_passes < 0 or self.grad_passes < 1:
+        if heads % keys["num_key_value_heads"] or keys["no_grad_passes"] < 0 or keys["grad_passes"] < 1:
             raise ValueError("num_key_value_heads must divide num_attention_heads, and grad_passes be at least 1")
+        self.max_position_embeddings = keys["max_position_embeddings"]  # transformers asks for it too early,
+        self.use_cache = keys.pop("use_cache")  # and drops this one as a setting of generate()
+        super().__init__(**keys)
 
 
 def rope_frequencies(config: LckvConfig) -> list[float]:
