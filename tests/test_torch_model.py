@@ -240,7 +240,7 @@ def test_tolerance_in_training_is_that_of_jax(tmp_path, x64):
 
 def padded(rows, side):
     length = max(map(len, rows))
-    blank = [torch.full((length - len(row),), 7) for row in rows]
+    blank = [torch.full((length - len(row),), 30) for row in rows]
     pairs = [(b, row) if side == "left" else (row, b) for b, row in zip(blank, rows)]
     mask = [(torch.zeros_like(b), torch.ones_like(r)) if side == "left" else (torch.ones_like(r), torch.zeros_like(b))
             for b, r in zip(blank, rows)]  # fmt: skip
@@ -260,6 +260,20 @@ def test_a_left_padded_batch_generates_as_its_rows(golden_model, case, passes):
         alone = model.generate(row[None], attention_mask=torch.ones_like(row)[None], **options)
         assert torch.equal(together.sequences[index, -8:], alone.sequences[0, -8:])
         close(torch.stack(together.logits)[:, index], torch.stack(alone.logits)[:, 0], 1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("start", ["zero", "input"])
+def test_a_row_stops_on_its_own(start, side, tmp_path, x64):
+    model, *_, tokens = make("2_3_2_3", tmp_path, start=start)
+    rows = [torch.from_numpy(row[:n]) for row, n in zip(tokens, (11, 5, 2))]
+    ids, mask = padded(rows, side)
+    with torch.no_grad():
+        for tolerance in np.linspace(0.2, 3.0, 15):
+            model.config.passes = float(tolerance)
+            logits = model(ids, attention_mask=mask).logits
+            for index, row in enumerate(rows):
+                close(logits[index][mask[index] == 1], model(row[None]).logits[0], 1e-9)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
