@@ -46,6 +46,23 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate(options.checkpoint, options.overrides)
 
 
+def _export(options: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # it computes nothing, and an accelerator may be training
+    from lckv_jax.convert.export import export
+    from lckv_jax.train.signals import stopping_at_once
+
+    with stopping_at_once():
+        export(
+            options.checkpoint,
+            options.out,
+            format=options.format,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+        )
+
+
 class _Argument(NamedTuple):
     """The arguments of `ArgumentParser.add_argument`."""
 
@@ -83,6 +100,23 @@ _COMPILE = _Argument(
 _PLOT = _Argument(
     "--plot", {"nargs": "?", "const": "", "metavar": "FILE", "help": "draw the map (default: CONFIG's name-map.png)"}
 )
+_OUT = _Argument("out", {"metavar": "OUT", "help": "a folder that is not there yet"})
+_FORMAT = _Argument(
+    "--format",
+    {
+        "choices": ("auto", "lckv", "lckv-llama"),
+        "default": "auto",
+        "help": "lckv brings its own PyTorch module, lckv-llama has the official code's names; auto (the default) is "
+        "plain llama where that is the model, else lckv",
+    },
+)
+_DTYPE = _Argument(
+    "--dtype",
+    {"choices": ("float32", "bfloat16", "float16"), "help": "of the weights (default: as they are in the checkpoint)"},
+)
+_SHARD = _Argument(
+    "--max-shard-size", {"default": "5GB", "metavar": "SIZE", "help": "of one file of weights (default: 5GB)"}
+)
 
 _COMMANDS = {
     "train": _Command(_train, "pretrain; resumes by itself", (_CONFIG, _OVERRIDES)),
@@ -91,6 +125,8 @@ _COMMANDS = {
     "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
                          (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
     "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
+    "export": _Command(_export, "a checkpoint as a Hugging Face folder, for PyTorch",
+                       (_CHECKPOINT, _OUT, _FORMAT, _DTYPE, _SHARD)),
 }  # fmt: skip
 
 

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from lckv_jax.errors import UserError
-from lckv_jax.fingerprint import describe_leaves
+from lckv_jax.fingerprint import describe_leaves, leaves_by_path
 from lckv_jax.orbax_noise import reading_quietly
 
 # Why a file cannot be read although it may be whole.
@@ -77,6 +78,19 @@ def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[Stat
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise Unusable(f"{wrong[0]}{others} differs from what was saved")
     return state, meta
+
+
+def read_leaf(folder: epath.Path, meta: Meta, path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """The one leaf at `path`, such as params.layers.wq, verified; meta: that of the step. Raises as `read_step`."""
+    tree = traverse_util.unflatten_dict({path: like}, sep=".")
+    items = {
+        name: ocp.args.PyTreeRestore(part, ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)
+        for name, part in state_items(tree).items()
+    }
+    leaf = leaves_by_path(_together(lambda: _read(folder, **items)))[path]
+    if describe_leaves({path: leaf})[path] != meta["leaves"].get(path):
+        raise Unusable(f"{path} differs from what was saved")
+    return leaf
 
 
 def read_meta(folder: epath.Path) -> Meta:

@@ -1,0 +1,1 @@
+"""The PyTorch module written beside an exported checkpoint."""
