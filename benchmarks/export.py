@@ -64,12 +64,11 @@ def make_checkpoint(folder: Path, config_path: str, overrides: list[str], dtype:
 
 def compare(folder: Path, config_path: str, overrides: list[str], dtype: str) -> None:
     """Raises AssertionError unless the exported folder holds what was saved, in its own dtype."""
-    from flax import traverse_util
-
     from lckv_jax.convert.hub import load_hub
+    from lckv_jax.fingerprint import leaves_by_path
 
     _, shapes = leaf_shapes(config_path, overrides)
-    flat = traverse_util.flatten_dict(load_hub(folder / "out")[0], sep=".")
+    flat = leaves_by_path(load_hub(folder / "out")[0])
     assert flat.keys() == shapes.keys()
     for path in sorted(shapes):
         leaf = flat.pop(path)

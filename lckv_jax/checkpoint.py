@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
@@ -58,7 +59,7 @@ class Stored(NamedTuple):
     tokenizer: Tokenizer | None
     run: Path
     leaves: dict[str, jax.ShapeDtypeStruct]
-    read: Callable[[str], jax.Array]
+    read: Callable[[str], np.ndarray]
 
 
 @contextlib.contextmanager
@@ -213,8 +214,8 @@ def stream(run_or_checkpoint: str | Path, use: Callable[[Stored], T], *, report:
         (item, tree), *_ = _select_params(meta).items()
         leaves = leaves_by_path(tree)
 
-        def read(path: str) -> jax.Array:
-            return read_leaf(folder, meta, f"{item}.{path}", leaves[path])
+        def read(path: str) -> np.ndarray:
+            return read_leaf(folder, meta, f"{item}.{path}")
 
         return use(Stored(meta, config, _load_tokenizer(run, meta["tokenizer"]), run, leaves, read))
 

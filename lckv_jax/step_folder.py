@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from lckv_jax.errors import UserError
-from lckv_jax.fingerprint import describe_leaves, leaves_by_path
+from lckv_jax.fingerprint import describe_leaves, host_fingerprint, leaves_by_path
 from lckv_jax.orbax_noise import reading_quietly
 
 # Why a file cannot be read although it may be whole.
@@ -80,15 +80,21 @@ def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[Stat
     return state, meta
 
 
-def read_leaf(folder: epath.Path, meta: Meta, path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """The one leaf at `path`, such as params.layers.wq, verified; meta: that of the step. Raises as `read_step`."""
-    tree = traverse_util.unflatten_dict({path: like}, sep=".")
+def read_leaf(folder: epath.Path, meta: Meta, path: str) -> np.ndarray:
+    """The one leaf at `path`, such as params.layers.wq, in host memory and verified; meta: that of the step.
+
+    Raises as `read_step`.
+    """
+    dtype, shape, _ = meta["leaves"][path]
+    tree = state_items(traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(shape, dtype)}, sep="."))
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     items = {
-        name: ocp.args.PyTreeRestore(part, ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)
-        for name, part in state_items(tree).items()
+        name: ocp.args.PyTreeRestore(part, restore_args=on_host[name], partial_restore=True)
+        for name, part in tree.items()
     }
+    gc.collect()  # orbax' own cycles would keep the leaf that was read before
     leaf = leaves_by_path(_together(lambda: _read(folder, **items)))[path]
-    if describe_leaves({path: leaf})[path] != meta["leaves"].get(path):
+    if [str(leaf.dtype), list(leaf.shape), host_fingerprint(leaf)] != meta["leaves"][path]:
         raise Unusable(f"{path} differs from what was saved")
     return leaf
 

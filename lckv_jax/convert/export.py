@@ -201,23 +201,28 @@ def _write_tensors(folder: Path, plan: _Plan, stored: Stored, source: str) -> No
             name: stack.enter_context(contextlib.closing(SafetensorsFile(folder / name, held)))
             for name, held in plan.files.items()
         }
-        file_of, specs = plan.file_of, plan.specs
         for leaf in plan.leaves:
-            array = np.asarray(stored.read(leaf.path))
-            for name, view in leaf.tensors(array):
-                files[file_of[name]].write(name, _converted(view, specs[name], f"{source}: {name}"))
-            for file in {file_of[name] for name in leaf.names}:
-                files[file].sync()
-            for name, view in leaf.tensors(array):
-                files[file_of[name]].check(name, view.astype(specs[name].numpy_dtype))
+            _write_leaf(leaf, stored.read(leaf.path), files, plan, source)
+
+
+def _write_leaf(leaf: Leaf, array: np.ndarray, files: Mapping[str, SafetensorsFile], plan: _Plan, source: str) -> None:
+    file_of, specs = plan.file_of, plan.specs
+    for name, view in leaf.tensors(array):
+        files[file_of[name]].write(name, _converted(view, specs[name], f"{source}: {name}"))
+    for file in {file_of[name] for name in leaf.names}:
+        files[file].sync()
+    for name, view in leaf.tensors(array):
+        files[file_of[name]].check(name, view.astype(specs[name].numpy_dtype, copy=False))
 
 
 def _converted(tensor: np.ndarray, spec: Spec, what: str) -> np.ndarray:
     """The tensor in the dtype of `spec`. Raises UserError unless all of it is finite, before and after."""
     if wrong := tensor.size - np.count_nonzero(np.isfinite(tensor)):
         raise UserError(f"{what} holds {wrong:,} numbers that are NaN or infinite; export an earlier checkpoint")
+    if tensor.dtype == spec.numpy_dtype:
+        return tensor
     with np.errstate(over="ignore"):
-        converted = tensor.astype(spec.numpy_dtype, copy=False)
+        converted = tensor.astype(spec.numpy_dtype)
     if wrong := converted.size - np.count_nonzero(np.isfinite(converted)):
         raise UserError(
             f"{what} holds {wrong:,} numbers too large for {spec.dtype}; leave out --dtype, or write --dtype bfloat16"
