@@ -50,14 +50,16 @@ T = TypeVar("T")
 class Stored(NamedTuple):
     """A checkpoint whose parameters lie on disk and are read one leaf at a time.
 
-    meta: its metadata (see `restore`). run: the folder of its run. leaves: the shape and dtype of each parameter by
-    path, such as layers.wq. read: the leaf of a path, verified; raises Unusable if it is not what was saved.
+    meta: its metadata (see `restore`). run: the folder of its run. averaged: whether the parameters are the average that
+    the run keeps. leaves: the shape and dtype of each by path, such as layers.wq. read: the leaf of a path, verified;
+    raises Unusable if it is not what was saved.
     """
 
     meta: Meta
     config: RunConfig
     tokenizer: Tokenizer | None
     run: Path
+    averaged: bool
     leaves: dict[str, jax.ShapeDtypeStruct]
     read: Callable[[str], np.ndarray]
 
@@ -217,7 +219,7 @@ def stream(run_or_checkpoint: str | Path, use: Callable[[Stored], T], *, report:
         def read(path: str) -> np.ndarray:
             return read_leaf(folder, meta, f"{item}.{path}")
 
-        return use(Stored(meta, config, _load_tokenizer(run, meta["tokenizer"]), run, leaves, read))
+        return use(Stored(meta, config, _load_tokenizer(run, meta["tokenizer"]), run, item == "ema", leaves, read))
 
     return _use_newest(run_or_checkpoint, use_step, report)
 

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from lckv_jax.orbax_noise import reading_quietly
 
 # Why a file cannot be read although it may be whole.
 _PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+_LARGE = 2**20  # elements of a leaf that may have to wait for memory
 
 State = dict[str, Any]
 Meta = dict[str, Any]
@@ -92,7 +94,8 @@ def read_leaf(folder: epath.Path, meta: Meta, path: str) -> np.ndarray:
         name: ocp.args.PyTreeRestore(part, restore_args=on_host[name], partial_restore=True)
         for name, part in tree.items()
     }
-    gc.collect()  # orbax' own cycles would keep the leaf that was read before
+    if math.prod(shape) >= _LARGE:
+        gc.collect()  # orbax' own cycles keep the leaf that was read before
     leaf = leaves_by_path(_together(lambda: _read(folder, **items)))[path]
     if [str(leaf.dtype), list(leaf.shape), host_fingerprint(leaf)] != meta["leaves"][path]:
         raise Unusable(f"{path} differs from what was saved")

@@ -109,7 +109,7 @@ def _export(
 ) -> Exported:
     """One try with one checkpoint; Unusable comes through, after the partial folder is gone."""
     model = stored.config.model
-    averaged = ", averaged parameters" if stored.config.train.ema_decay else ""
+    averaged = ", averaged parameters" if stored.averaged else ""
     say(f"exporting step {stored.meta['step']:,} of {stored.run}{averaged}")
     plan = _plan(stored, natural_format(model) if format == "auto" else format, dtype, limit)
     texts = _texts(plan, stored, out.name)

@@ -145,7 +145,7 @@ def _training(stored: Stored) -> dict[str, str]:
     }
     if config.model.sharing.cyclic:
         rows["passes over a cyclic span"] = _passes(config)
-    if config.train.ema_decay:
+    if stored.averaged:
         rows["parameters are"] = f"an exponential moving average, decay {config.train.ema_decay:g}"
     rows["validation"] = _validation(stored)
     return rows

@@ -27,7 +27,11 @@ def check_new(out: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{out} is a file; name a folder that is not there yet")
-    if any(path.iterdir()):
+    try:
+        empty = not any(path.iterdir())
+    except OSError as error:
+        raise UserError(f"{out} cannot be looked into: {error.strerror}; name another folder") from error
+    if not empty:
         raise UserError(f"{out} is not empty; name a folder that is not there yet, or empty it first")
     if os.path.ismount(path) or path.samefile(Path.cwd()):
         raise UserError(f"{out} is a mount point or where you are, and cannot be replaced; name a new folder inside it")
