@@ -293,6 +293,15 @@ def test_the_card_of_a_checkpoint_between_validations(trained, tmp_path):
     assert "from_pretrained(folder)\n```" in text and "AutoTokenizer" not in text and "passes over" not in text
 
 
+def test_the_card_of_the_official_format_says_what_goes_wrong_there(tmp_path):
+    for sharing, wrong in (("0_2_2_3", True), ("cla(group=2)", False)):
+        run, *_ = make_run(tmp_path / sharing, sharing=sharing)
+        quiet(run, tmp_path / f"{sharing}-out", format="lckv-llama")
+        text = (tmp_path / f"{sharing}-out" / "README.md").read_text()
+        assert "import models" in text and "trust_remote_code" not in text
+        assert ("gives wrong tokens" in text) == wrong
+
+
 def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
     run, *_ = make_run(tmp_path / "run")  # of 64 ids
     for name, content in tokenizer_contents("bytes").items():

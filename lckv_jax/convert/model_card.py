@@ -22,9 +22,10 @@ _NEEDS: dict[Format, str] = {
     "lckv": "The model is computed by `modeling_lckv.py` in this folder, so transformers (version 5) want your consent "
     "to run it: `trust_remote_code=True`.",
     "lckv-llama": "Names and keys are those of the official LCKV code, https://github.com/whyNLP/LCKV: it must be "
-    "importable, with transformers 4.45. There, decode cyclic maps without a cache: its cached decoding reads other "
-    "tokens than its training.",
+    "importable, with transformers 4.45.",
 }
+_WRONG_THERE = """Take its logits of a text only: its `generate` of a map with cyclic spans, as this one, gives wrong \
+tokens, with a cache as without. An export in the default format generates them rightly."""
 
 
 def model_card(stored: Stored, *, title: str, format: Format, dtype: str, context: int) -> str:
@@ -38,7 +39,7 @@ def model_card(stored: Stored, *, title: str, format: Format, dtype: str, contex
         "",
         "## Load it",
         "",
-        *_loading(format, title, has_tokenizer=stored.tokenizer is not None),
+        *_loading(format, title, config.model, has_tokenizer=stored.tokenizer is not None),
         "",
         "## Architecture",
         "",
@@ -83,9 +84,9 @@ def _about(model: ModelConfig) -> Iterator[str]:
     )
 
 
-def _loading(format: Format, title: str, *, has_tokenizer: bool) -> Iterator[str]:
-    trusted = ", trust_remote_code=True" if format == "lckv" else ""
-    yield _NEEDS[format]
+def _loading(format: Format, title: str, model: ModelConfig, *, has_tokenizer: bool) -> Iterator[str]:
+    generates = format != "lckv-llama" or not model.sharing.cyclic
+    yield _NEEDS[format] if generates else f"{_NEEDS[format]} {_WRONG_THERE}"
     yield ""
     yield "```python"
     if format == "lckv-llama":
@@ -93,10 +94,12 @@ def _loading(format: Format, title: str, *, has_tokenizer: bool) -> Iterator[str
     yield "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else "")
     yield ""
     yield f"folder = {json.dumps(title)}  # where this folder lies"
+    trusted = ", trust_remote_code=True" if format == "lckv" else ""
     yield f"model = AutoModelForCausalLM.from_pretrained(folder{trusted})"
     if has_tokenizer:
         yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
         yield 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
+    if has_tokenizer and generates:
         yield "tokens = model.generate(**inputs, max_new_tokens=64)"
         yield "print(tokenizer.decode(tokens[0], skip_special_tokens=True))"
     yield "```"
