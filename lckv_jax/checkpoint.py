@@ -50,9 +50,9 @@ T = TypeVar("T")
 class Stored(NamedTuple):
     """A checkpoint whose parameters lie on disk and are read one leaf at a time.
 
-    meta: its metadata (see `restore`). run: the folder of its run. averaged: whether the parameters are the average that
-    the run keeps. leaves: the shape and dtype of each by path, such as layers.wq. read: the leaf of a path, verified;
-    raises Unusable if it is not what was saved.
+    meta: its metadata (see `restore`). run: the folder of its run. averaged: whether the parameters are the average
+    that the run keeps. leaves: the shape and dtype of each by path, such as layers.wq. read: the leaf of a path,
+    verified; raises Unusable if it is not what was saved.
     """
 
     meta: Meta
