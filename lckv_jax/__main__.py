@@ -47,6 +47,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    _leave_accelerators_alone()
     from lckv_jax.convert.import_hub import import_hub
 
     import_hub(
@@ -57,6 +58,26 @@ def _import(options: argparse.Namespace) -> None:
         num_kv_heads=options.num_kv_heads,
         window_includes_self=options.window_includes_self == "yes",
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    _leave_accelerators_alone()
+    from lckv_jax.convert.export import export
+
+    export(
+        options.checkpoint,
+        options.out,
+        format=options.format,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+    )
+
+
+def _leave_accelerators_alone() -> None:
+    """For commands that only move numbers, while an accelerator may be training."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 class _Argument(NamedTuple):
@@ -106,6 +127,23 @@ _IMPORT = (
     _Argument("--window-includes-self", {"choices": ("yes", "no"), "default": "yes",
                                          "help": "no: trained by the official flash scripts, one token wider"}),
 )  # fmt: skip
+_OUT = _Argument("out", {"metavar": "OUT", "help": "a folder that is not there yet"})
+_FORMAT = _Argument(
+    "--format",
+    {
+        "choices": ("auto", "lckv", "lckv-llama"),
+        "default": "auto",
+        "help": "lckv brings its own PyTorch module, lckv-llama has the official code's names; auto (the default) is "
+        "plain llama where that is the model, else lckv",
+    },
+)
+_DTYPE = _Argument(
+    "--dtype",
+    {"choices": ("float32", "bfloat16", "float16"), "help": "of the weights (default: as they are in the checkpoint)"},
+)
+_SHARD = _Argument(
+    "--max-shard-size", {"default": "5GB", "metavar": "SIZE", "help": "of one file of weights (default: 5GB)"}
+)
 
 _COMMANDS = {
     "train": _Command(_train, "pretrain; resumes by itself", (_CONFIG, _OVERRIDES)),
@@ -115,6 +153,8 @@ _COMMANDS = {
                          (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
     "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
     "import": _Command(_import, "a Hugging Face folder to a run folder, also with another map", _IMPORT),
+    "export": _Command(_export, "a checkpoint as a Hugging Face folder, for PyTorch",
+                       (_CHECKPOINT, _OUT, _FORMAT, _DTYPE, _SHARD)),
 }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
@@ -32,6 +33,8 @@ from lckv_jax.step_folder import (
     Unusable,
     digest,
     list_steps,
+    newest_usable,
+    read_leaf,
     read_losses,
     read_meta,
     read_step,
@@ -42,10 +45,24 @@ if TYPE_CHECKING:
     from lckv_jax.data.tokenizer import Tokenizer
 
 
-class _Found(NamedTuple):
-    state: State
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """A checkpoint whose parameters lie on disk and are read one leaf at a time.
+
+    meta: its metadata (see `restore`). run: the folder of its run. averaged: whether the parameters are the average
+    that the run keeps. leaves: the shape and dtype of each by path, such as layers.wq. read: the leaf of a path,
+    verified; raises Unusable if it is not what was saved.
+    """
+
     meta: Meta
-    unusable: tuple[int, ...]
+    config: RunConfig
+    tokenizer: Tokenizer | None
+    run: Path
+    averaged: bool
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    read: Callable[[str], np.ndarray]
 
 
 @contextlib.contextmanager
@@ -158,14 +175,15 @@ def restore(
         return abstract_state
 
     finish_saving(manager)
-    found = _newest_usable(manager.directory, select, report)
+    found = newest_usable(manager.directory, lambda step: read_step(step, select), report)
     if found is None:
         return None
-    if found.unusable:
-        aside = _set_aside(manager, found.unusable)
-        steps = ", ".join(str(step) for step in found.unusable)
-        report(f"checkpoints: going back to step {found.meta['step']}; moved the unusable {steps} to {aside.name}/")
-    return found.state, found.meta
+    (state, meta), unusable = found
+    if unusable:
+        aside = _set_aside(manager, unusable)
+        steps = ", ".join(str(step) for step in unusable)
+        report(f"checkpoints: going back to step {meta['step']}; moved the unusable {steps} to {aside.name}/")
+    return state, meta
 
 
 class Loaded(NamedTuple):
@@ -203,27 +221,16 @@ def load_step(
     place: from the configuration of the checkpoint, the shardings of its parameters, in the shape of their tree. It is
     called before any array is read, and may refuse the checkpoint by raising. All processes call it then.
     """
-    quieten_orbax()
-    folder = _absolute(run_or_checkpoint)
+    run = _run_of(run_or_checkpoint)
 
     def select(meta: Meta) -> State:
-        return _select_params(meta, place and place(_config_of(folder, meta)))
+        return _select_params(meta, place and place(_config_of(run_or_checkpoint, meta)))
 
-    if (folder / "checkpoints").is_dir():
-        run, found = folder, _newest_usable(folder / "checkpoints", select, report)
-        if found is None:
-            raise UserError(f"{folder}: the run has no checkpoint yet; train it until its first save")
-        state, meta = found.state, found.meta
-    else:
-        run = _run_of(folder)
-        try:
-            state, meta = read_step(folder, select)
-        except Unusable as problem:
-            raise UserError(
-                f"{folder}: {problem}; give another step, or the run folder for the newest good one"
-            ) from problem
-    tokenizer = _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
-    return Loaded(state.get("ema", state.get("params", {})), _config_of(folder, meta), tokenizer, meta["step"])
+    state, meta = _use_newest(run_or_checkpoint, lambda step: read_step(step, select), report)
+    tokenizer = _load_tokenizer(run, meta["tokenizer"])
+    return Loaded(
+        state.get("ema", state.get("params", {})), _config_of(run_or_checkpoint, meta), tokenizer, meta["step"]
+    )
 
 
 def load_config_of(run_or_checkpoint: str | Path) -> tuple[RunConfig, Tokenizer | None]:
@@ -231,30 +238,45 @@ def load_config_of(run_or_checkpoint: str | Path) -> tuple[RunConfig, Tokenizer 
 
     In a run folder they are those of the newest step whose metadata is whole.
     """
-    quieten_orbax()
+    run = _run_of(run_or_checkpoint)
+    meta = _use_newest(run_or_checkpoint, read_meta, report=lambda _: None)
+    return _config_of(run_or_checkpoint, meta), _load_tokenizer(run, meta["tokenizer"])
+
+
+def stream(run_or_checkpoint: str | Path, use: Callable[[Stored], T], *, report: Callable[[str], None] = print) -> T:
+    """What `use` makes of a checkpoint, chosen as `load` does, without ever holding all of its parameters.
+
+    Where `use` meets a damaged leaf, it is left by `Unusable`, which it must let through after undoing what it did; in
+    a run folder it is then called again with the next older step. Raises UserError as `load` does.
+    """
+    run = _run_of(run_or_checkpoint)
+
+    def use_step(folder: epath.Path) -> T:
+        meta = read_meta(folder)
+        config = _config_of(run_or_checkpoint, meta)
+        (item, tree), *_ = _select_params(meta).items()
+        leaves = leaves_by_path(tree)
+
+        def read(path: str) -> np.ndarray:
+            return read_leaf(folder, meta, f"{item}.{path}")
+
+        return use(Stored(meta, config, _load_tokenizer(run, meta["tokenizer"]), run, item == "ema", leaves, read))
+
+    return _use_newest(run_or_checkpoint, use_step, report)
+
+
+def _run_of(run_or_checkpoint: str | Path) -> Path:
+    """The folder of a run or of the run of a checkpoint. Raises UserError if it is neither."""
     folder = _absolute(run_or_checkpoint)
     if (folder / "checkpoints").is_dir():
-        run, meta = folder, newest_meta(os.fspath(folder / "checkpoints"))
-        if meta is None:
-            raise UserError(f"{folder}: the run has no usable checkpoint; train it until its first save")
-    else:
-        run = _run_of(folder)
-        try:
-            meta = read_meta(folder)
-        except Unusable as problem:
-            raise UserError(f"{folder}: {problem}; give another step, or the run folder") from problem
-    return _config_of(folder, meta), _load_tokenizer(Path(os.fspath(run)), meta["tokenizer"])
+        return Path(os.fspath(folder))
+    if (folder / "meta").is_dir() or (folder / "params").is_dir():
+        return Path(os.fspath(folder.parent.parent))
+    raise UserError(f"{folder}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100")
 
 
-def _run_of(step: epath.Path) -> epath.Path:
-    """The run folder of the folder of a step. Raises UserError if it is none."""
-    if (step / "meta").is_dir() or (step / "params").is_dir():
-        return step.parent.parent
-    raise UserError(f"{step}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100")
-
-
-def _config_of(folder: epath.Path, meta: Meta) -> RunConfig:
-    return build_config(RunConfig, meta["config"], f"{folder}: config of step {meta['step']}")
+def _config_of(run_or_checkpoint: str | Path, meta: Meta) -> RunConfig:
+    return build_config(RunConfig, meta["config"], f"{run_or_checkpoint}: config of step {meta['step']}")
 
 
 def _load_tokenizer(run: Path, fingerprint: str) -> Tokenizer | None:
@@ -296,22 +318,21 @@ def _failures_told(manager: ocp.CheckpointManager) -> Iterator[None]:
 # ---------------------------------------------------------------- reading
 
 
-def _newest_usable(folder: epath.Path, select: Callable[[Meta], State], report: Callable[[str], None]) -> _Found | None:
-    """The newest step of `folder` that can be read; `select` as in `read_step`."""
-    unusable: dict[int, str] = {}
-    for step in list_steps(folder):
-        try:
-            return _Found(*read_step(folder / str(step), select), tuple(unusable))
-        except Unusable as problem:
-            report(f"checkpoints: step {step} is unusable: {problem}")
-            unusable[step] = str(problem)
-    if not unusable:
-        return None
-    newest = max(unusable)
-    raise UserError(
-        f"{folder}: none of its {len(unusable)} checkpoints is usable (step {newest}: {unusable[newest]}); "
-        "put back a good copy of one, or move this folder away to start afresh"
-    )
+def _use_newest(run_or_checkpoint: str | Path, use: Callable[[epath.Path], T], report: Callable[[str], None]) -> T:
+    """What `use` makes of the folder of one step: of the newest of a run for which it does not raise Unusable."""
+    quieten_orbax()
+    folder = _absolute(run_or_checkpoint)
+    if (folder / "checkpoints").is_dir():
+        found = newest_usable(folder / "checkpoints", use, report)
+        if found is None:
+            raise UserError(f"{folder}: the run has no checkpoint yet; train it until its first save")
+        return found[0]
+    try:
+        return use(folder)
+    except Unusable as problem:
+        raise UserError(
+            f"{folder}: {problem}; give another step, or the run folder for the newest good one"
+        ) from problem
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: tuple[int, ...]) -> epath.Path:

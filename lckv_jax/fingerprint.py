@@ -6,6 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_PIECE = 2**22  # elements
 
 
 def describe_leaves(tree: Any) -> dict[str, list]:
@@ -21,9 +24,19 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+def host_fingerprint(x: np.ndarray) -> int:
+    """The `fingerprint` of an array in host memory, made in pieces, for as a whole it takes temporary memory."""
+    flat = x.reshape(-1)
+    pieces = [fingerprint(flat[i : i + _PIECE], np.uint32(i % 2**32)) for i in range(0, flat.size, _PIECE)]
+    return sum(map(int, pieces)) % 2**32
+
+
 @jax.jit
-def fingerprint(x: jax.Array) -> jax.Array:
+def fingerprint(x: jax.Array | np.ndarray, start: int | np.uint32 = 0) -> jax.Array:
     """One uint32 of the bits of `x` and their places.
+
+    start: how many elements come before those of `x`, if it is one piece of something flat. The fingerprints of the
+    pieces add up, modulo 2**32, to that of the whole.
 
     A sum of integers has no order, so the value does not depend on mesh, sharding or number of processes. Every term
     is a bijection of its element, so a change of one element never goes unnoticed.
@@ -35,5 +48,6 @@ def fingerprint(x: jax.Array) -> jax.Array:
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    place += jnp.uint32(start) * jnp.uint32(2 if x.dtype.itemsize == 8 else 1)
     mixed = (bits ^ (place * jnp.uint32(2654435761))) * jnp.uint32(3266489917)
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)

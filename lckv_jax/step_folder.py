@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,14 +15,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from lckv_jax.errors import UserError
-from lckv_jax.fingerprint import describe_leaves
+from lckv_jax.fingerprint import describe_leaves, host_fingerprint, leaves_by_path
 from lckv_jax.orbax_noise import reading_quietly
 
 # Why a file cannot be read although it may be whole.
 _PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+_LARGE = 2**20  # elements of a leaf that may have to wait for memory
 
 State = dict[str, Any]
 Meta = dict[str, Any]
@@ -36,6 +39,26 @@ def list_steps(folder: epath.Path) -> list[int]:
     """The steps in `folder`, newest first. An empty folder is no step."""
     paths = [path for path in folder.iterdir() if path.name.isdecimal()]
     return sorted((int(path.name) for path in paths if path.is_dir() and any(path.iterdir())), reverse=True)
+
+
+def newest_usable(
+    folder: epath.Path, use: Callable[[epath.Path], T], report: Callable[[str], None]
+) -> tuple[T, tuple[int, ...]] | None:
+    """What `use` makes of the newest step in `folder` for which it does not raise Unusable, and the newer steps."""
+    unusable: dict[int, str] = {}
+    for step in list_steps(folder):
+        try:
+            return use(folder / str(step)), tuple(unusable)
+        except Unusable as problem:
+            report(f"checkpoints: step {step} is unusable: {problem}")
+            unusable[step] = str(problem)
+    if not unusable:
+        return None
+    newest = max(unusable)
+    raise UserError(
+        f"{folder}: none of its {len(unusable)} checkpoints is usable (step {newest}: {unusable[newest]}); "
+        "put back a good copy of one, or move this folder away to start afresh"
+    )
 
 
 def read_losses(folder: epath.Path) -> dict[int, float | None]:
@@ -77,6 +100,26 @@ def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[Stat
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise Unusable(f"{wrong[0]}{others} differs from what was saved")
     return state, meta
+
+
+def read_leaf(folder: epath.Path, meta: Meta, path: str) -> np.ndarray:
+    """The one leaf at `path`, such as params.layers.wq, in host memory and verified; meta: that of the step.
+
+    Raises as `read_step`.
+    """
+    dtype, shape, _ = meta["leaves"][path]
+    tree = state_items(traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(shape, dtype)}, sep="."))
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    items = {
+        name: ocp.args.PyTreeRestore(part, restore_args=on_host[name], partial_restore=True)
+        for name, part in tree.items()
+    }
+    if math.prod(shape) >= _LARGE:
+        gc.collect()  # orbax' own cycles keep the leaf that was read before
+    leaf = leaves_by_path(_together(lambda: _read(folder, **items)))[path]
+    if [str(leaf.dtype), list(leaf.shape), host_fingerprint(leaf)] != meta["leaves"][path]:
+        raise Unusable(f"{path} differs from what was saved")
+    return leaf
 
 
 def read_meta(folder: epath.Path) -> Meta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """One leaf of the parameter tree and the HF tensors that it stacks.
 
     path: its keys in the tree, joined by dots.
@@ -56,6 +56,16 @@ class _Leaf(NamedTuple):
         """One contiguous entry seen in HF's layout, without copying."""
         return entry.reshape(self.hub_shape[::-1]).T if self.inputs else entry.reshape(self.hub_shape)
 
+    def tensors(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The HF tensors that the leaf `array` stacks, by name: views, of which projections are not C-contiguous.
+
+        Raises ValueError if `array` has another shape.
+        """
+        if array.shape != self.full_shape:
+            raise ValueError(f"{self.path} has shape {array.shape}, but its config says {self.full_shape}")
+        for name, entry in zip(self.names, array if self.stacked else [array]):
+            yield name, self.hub_view(entry)
+
 
 def load_hub(
     folder: str | Path, *, report: Callable[[str], object] | None = None
@@ -74,7 +84,7 @@ def load_hub(
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; give the folder of a downloaded model with its config.json")
     config = read_config(folder / "config.json")
-    leaves = _leaves(config)
+    leaves = hub_leaves(config)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _check_names(folder, config, tensors, report)
@@ -89,36 +99,37 @@ def to_hub(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray
     C-contiguous, as writing safetensors demands, and may share the memory of `tree`.
     Raises ValueError naming a leaf that is missing, surplus or of another shape.
     """
-    leaves = _leaves(config)
     flat = traverse_util.flatten_dict(dict(tree), sep=".")
-    if flat.keys() != {leaf.path for leaf in leaves}:
-        odd = sorted(flat.keys() ^ {leaf.path for leaf in leaves})
-        raise ValueError(f"the tree and its config differ in the leaves {', '.join(odd)}")
     tensors = {}
-    for leaf in leaves:
-        array = np.asarray(flat[leaf.path])
-        if array.shape != leaf.full_shape:
-            raise ValueError(f"{leaf.path} has shape {array.shape}, but its config says {leaf.full_shape}")
-        for name, entry in zip(leaf.names, array if leaf.stacked else [array]):
-            tensors[name] = np.ascontiguousarray(leaf.hub_view(entry))
+    for leaf in fitting_leaves(config, flat):
+        for name, view in leaf.tensors(np.asarray(flat[leaf.path])):
+            tensors[name] = np.ascontiguousarray(view)
     return tensors
 
 
 # ---------------------------------------------------------------- the correspondence of names and shapes
 
 
-def _leaves(config: ModelConfig) -> list[_Leaf]:
-    """Every leaf of the parameter tree of `config`."""
+def fitting_leaves(config: ModelConfig, paths: Iterable[str]) -> list[Leaf]:
+    """`hub_leaves`, if these are the `paths` of a tree; else raises ValueError that names those that differ."""
+    leaves = hub_leaves(config)
+    if odd := sorted(set(paths) ^ {leaf.path for leaf in leaves}):
+        raise ValueError(f"the tree and its config differ in the leaves {', '.join(odd)}")
+    return leaves
+
+
+def hub_leaves(config: ModelConfig) -> list[Leaf]:
+    """Every leaf of the parameter tree of `config`, with the HF tensors that it stacks."""
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     query = (config.num_heads, config.head_dim)
     key = (config.num_kv_heads, config.head_dim)
 
-    def per_layer(path: str, part: str, shape: tuple[int, ...], inputs: int | None = None) -> _Leaf:
+    def per_layer(path: str, part: str, shape: tuple[int, ...], inputs: int | None = None) -> Leaf:
         layers = config.sharing.owners if path.startswith("kv.") else range(config.num_layers)
-        return _Leaf(path, tuple(f"model.layers.{layer}.{part}" for layer in layers), shape, inputs)
+        return Leaf(path, tuple(f"model.layers.{layer}.{part}" for layer in layers), shape, inputs)
 
     leaves = [
-        _Leaf("embed", ("model.embed_tokens.weight",), (vocab, hidden), stacked=False),
+        Leaf("embed", ("model.embed_tokens.weight",), (vocab, hidden), stacked=False),
         per_layer("layers.attn_norm", "input_layernorm.weight", (hidden,)),
         per_layer("layers.wq", "self_attn.q_proj.weight", (hidden, *query), 1),
         per_layer("layers.wo", "self_attn.o_proj.weight", (*query, hidden), 2),
@@ -128,10 +139,10 @@ def _leaves(config: ModelConfig) -> list[_Leaf]:
         per_layer("layers.down", "mlp.down_proj.weight", (inner, hidden), 1),
         per_layer("kv.wk", "self_attn.k_proj.weight", (hidden, *key), 1),
         per_layer("kv.wv", "self_attn.v_proj.weight", (hidden, *key), 1),
-        _Leaf("final_norm", ("model.norm.weight",), (hidden,), stacked=False),
+        Leaf("final_norm", ("model.norm.weight",), (hidden,), stacked=False),
     ]
     if not config.tie_embeddings:
-        leaves.append(_Leaf("head", ("lm_head.weight",), (hidden, vocab), 1, stacked=False))
+        leaves.append(Leaf("head", ("lm_head.weight",), (hidden, vocab), 1, stacked=False))
     if config.attention_bias:
         leaves += [
             per_layer("layers.bq", "self_attn.q_proj.bias", query, 0),
@@ -214,10 +225,10 @@ def _check_names(
 
 
 def _names(config: ModelConfig) -> set[str]:
-    return {name for leaf in _leaves(config) for name in leaf.names}
+    return {name for leaf in hub_leaves(config) for name in leaf.names}
 
 
-def _read_leaf(folder: Path, leaf: _Leaf, tensors: Mapping[str, _Tensor]) -> np.ndarray:
+def _read_leaf(folder: Path, leaf: Leaf, tensors: Mapping[str, _Tensor]) -> np.ndarray:
     """The stack of the tensors of `leaf`; should layers differ in dtype, in one that holds every value."""
     kinds = set()
     for name in leaf.names:

@@ -15,7 +15,7 @@ from lckv_jax import checkpoint
 from lckv_jax.config import RunConfig, build_config, config_json
 from lckv_jax.convert.hub import load_hub
 from lckv_jax.convert.hub_config import read_config
-from lckv_jax.convert.new_folder import new_folder
+from lckv_jax.convert.new_folder import check_new, new_folder
 from lckv_jax.convert.reshare import How, describe_change, resharded_config, reshare
 from lckv_jax.convert.tokenizer_files import import_tokenizer_files
 from lckv_jax.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_files
@@ -49,12 +49,13 @@ def import_hub(
     if "://" in out:
         raise UserError(f"{out} is a bucket; give a local or mounted folder")
     source, target = Path(folder).expanduser(), Path(out).expanduser()
+    place = check_new(target)
     model = read_config(source / "config.json")
     if not window_includes_self:
         model = _with_wider_window(model, source)
     converted = resharded_config(model, model.sharing if sharing is None else sharing, num_kv_heads)
     files = import_tokenizer_files(source)
-    with new_folder(target) as partial:
+    with new_folder(place) as partial:
         tokenizer = _write_tokenizer(files, partial, source, model.vocab_size, report)
         params, _ = load_hub(source, report=report)
         report(f"read {source}: map {model.sharing}, {_size(params)}")

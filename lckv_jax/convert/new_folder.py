@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears under its name when it is whole, or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import secrets
 import shutil
 import signal
 import threading
@@ -16,67 +18,80 @@ from typing import Any
 
 from lckv_jax.errors import Stopped, UserError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_new(out: str | Path) -> Path:
+    """The absolute path of `out`, whose links are followed, if a new folder can take that name.
+
+    Raises UserError if something is there that would be lost or cannot be replaced: only an empty folder may be.
+    """
+    path = Path(os.path.realpath(Path(out).expanduser()))
+    if not os.path.lexists(path):
+        return path
+    if not path.is_dir():
+        raise UserError(f"{out} is a file; name a folder that is not there yet")
+    try:
+        empty = not any(path.iterdir())
+    except OSError as error:
+        raise UserError(f"{out} cannot be looked into: {error.strerror}; name another folder") from error
+    if not empty:
+        raise UserError(f"{out} is not empty; name a folder that is not there yet, or empty it first")
+    if os.path.ismount(path) or path.samefile(Path.cwd()):
+        raise UserError(f"{out} is a mount point or where you are, and cannot be replaced; name a new folder inside it")
+    return path
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raises UserError if the file system that will hold `folder` has less than `size` bytes free."""
+    place = next(parent for parent in folder.parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise UserError(
+            f"{folder} needs {gigabytes(size)}, but {place} has only {gigabytes(free)} free; free the rest, "
+            "or name a folder on another disk"
+        )
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, named OUT.partial, to write into; it becomes `out` at the end.
+def new_folder(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A folder beside `path` to write into; afterwards it takes that name, or is removed if anything was raised.
 
-    Whatever ends the block otherwise, SIGTERM and Ctrl-C among it, it is removed; what a killed process left is
-    replaced. Raises UserError if `out` exists and is not an empty folder, if another process is writing it, or if the
-    system does not let it be written; Stopped at SIGTERM.
+    path: from `check_new`. size: bytes that will be written, for what is said of a full disk. What killed processes
+    left of `path` is removed. Missing parents are made. Raises UserError for what the system has against writing, and
+    Stopped at SIGTERM.
     """
-    _refuse_existing(out)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial, out), _stopping_at_sigterm():
-            try:
-                for leftover in partial.iterdir():
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-                yield partial
-                _refuse_existing(out)
-                os.replace(partial, out)
-            except BaseException:
-                _remove(partial)
-                raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{out} cannot be written: {reason}; nothing was left there: mend that and try again"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path)
+            partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+            partial.mkdir()
+            stack.callback(_remove, partial)
+            stack.enter_context(_locked(partial))
+            stack.enter_context(_stopping_at_sigterm())
+            yield partial
+            os.rename(partial, path)
+            _sync(path.parent)
+        except OSError as error:
+            raise _told(error, path, size) from error
 
 
 def _remove(folder: Path) -> None:
-    """Also what threads of an interrupted checkpoint still write for a moment, which make folders anew."""
+    """Also what threads of an interrupted checkpoint still write for a moment, which make folders anew.
+
+    Its own trouble must not hide what happened.
+    """
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
         if not folder.exists():
-            return
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not empty; choose another folder, or remove it")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose another name for the folder")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, out: Path) -> Iterator[None]:
-    """Holds the folder; the system lets go of it however the process ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing {out}; wait for it, or choose another folder") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of network file systems without locks
-                raise
-        yield
-    finally:
-        os.close(handle)
+            time.sleep(0.05)
+            if not folder.exists():
+                return
 
 
 @contextlib.contextmanager
@@ -94,3 +109,45 @@ def _stopping_at_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _told(error: OSError, path: Path, size: int | None) -> UserError:
+    reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    mend = "mend that, or name another folder"
+    if size is not None and error.errno in _FULL:
+        mend = f"it needs {gigabytes(size)}"
+    return UserError(f"{path} cannot be written: {reason}; {mend}; nothing was left there")
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes the partial folders of `path` that no living process holds."""
+    name = re.compile(re.escape(path.name) + r"\.partial-[0-9a-f]{8}")
+    for folder in path.parent.iterdir():
+        if name.fullmatch(folder.name) and folder.is_dir():
+            with _locked(folder) as alone:
+                if alone:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds a folder as long as the process lives; False if another one does, or the file system has no locks."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:
+        alone = False
+    try:
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    """Makes a renaming in `folder` last."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
