@@ -34,6 +34,7 @@ from lckv_jax.data.tokenizer import tokenizer_contents
 from lckv_jax.errors import UserError
 from lckv_jax.model.transformer import init_params
 
+ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = dict(hidden_size=12, intermediate_size=20, num_heads=4, num_kv_heads=2, head_dim=6)  # no two sizes are equal
 
 
@@ -425,7 +426,7 @@ sys.exit(main(["export", *sys.argv[1:]]))
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     run, *_ = make_run(tmp_path / "run")
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, run, tmp_path / "out"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", FULL_DISK, run, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
     assert done.stderr == (
@@ -460,9 +461,8 @@ sys.exit(main(["export", *sys.argv[1:]]))
 )
 def test_an_export_that_is_killed_leaves_nothing_under_the_name(tmp_path, number, code, left):
     run, _, params = make_run(tmp_path / "run")
-    child = subprocess.Popen(
-        [sys.executable, "-c", HANGS, run, tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", HANGS, run, tmp_path / "out"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while child.stdout.readline() != "half\n":
         assert child.poll() is None
     assert len(names_in(tmp_path)) == 2 and not (tmp_path / "out").exists()

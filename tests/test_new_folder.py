@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lckv_jax.convert.new_folder import check_new, check_space, new_folder
 from lckv_jax.errors import Stopped, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_what_is_there_is_not_replaced(tmp_path, monkeypatch):
@@ -100,7 +103,7 @@ with new_folder(Path(sys.argv[1]), 1) as folder:
     for path in mine:
         path.mkdir()
     command = [sys.executable, "-c", code, str(out)]
-    living = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    living = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     partial = tmp_path / living.stdout.readline().strip()
     with new_folder(out, 1):
         assert partial.exists()
