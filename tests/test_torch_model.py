@@ -357,6 +357,18 @@ def test_bfloat16(golden_model):
     assert new_tokens(model, want["gen.prompt_ids"].long(), 3).shape == (2, 3)
 
 
+def test_mixed_precision_trains_every_weight(golden_model):
+    """autocast keeps the weights that it has cast: those of passes without gradient must not serve those with it."""
+    model, want, _ = golden_model("p03_lckv_w2")
+    ids = want["input_ids"].long()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(ids, labels=ids).loss
+    loss.backward()
+    for name, p in model.named_parameters():
+        exact = want[f"grad.{name}"]
+        assert (p.grad - exact).norm() < 0.2 * exact.norm(), name
+
+
 # ---------------------------------------------------------------- folders
 
 
