@@ -1,6 +1,7 @@
 """What several tests need: where the golden numbers and the real data are."""
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from stories260k import write_stories260k
 
 ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -36,6 +38,24 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data absent: set LCKV_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def weights(test_data) -> Path:
+    """The folder of stories260K (see the README of the real data)."""
+    return test_data / "weights" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def reference(weights) -> dict:
+    """What stories260K must give: text, losses."""
+    return json.loads((weights / "reference.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def stories_hub(weights, tmp_path_factory) -> Path:
+    """stories260K as a Hugging Face folder."""
+    return write_stories260k(weights, tmp_path_factory.mktemp("stories260K"))
 
 
 def needs_torch() -> None:
