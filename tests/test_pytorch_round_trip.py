@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from functools import partial
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 from conftest import needs_torch
@@ -14,7 +16,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, dynamic_module_utils  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, dynamic_module_utils  # noqa: E402
 
 from lckv_jax import checkpoint  # noqa: E402
 from lckv_jax.convert.export import export  # noqa: E402
@@ -36,7 +38,7 @@ def modules_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
     """The finished tiny run (a map with a cyclic span) as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("exported") / "hf"
+    folder = tmp_path_factory.mktemp("somewhere") / "exported"
     export(trained / "run", folder)
     return folder
 
@@ -83,16 +85,16 @@ def test_export_and_import_are_lossless(trained, tmp_path, dtype):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
 
-def test_tokenizer_and_text_as_the_readme_shows(trained, exported):
+def test_the_readme_generates_text(trained, exported, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    monkeypatch.chdir(exported.parent)
+    names = {}
+    exec(code, names)  # as a user who copies it
     _, _, ours = checkpoint.load(trained / "run")
-    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
-    text = "import os\n"
-    inputs = tokenizer(text, return_tensors="pt")
-    assert inputs.input_ids[0].tolist() == [ours.bos_id, *ours.encode(text)]
-    new = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    assert new.shape[1] > inputs.input_ids.shape[1]
-    assert tokenizer.decode(new[0], skip_special_tokens=True).startswith(text)
+    text = re.findall(r'tokenizer\("(.*?)"', code)[0]
+    assert names["inputs"].input_ids[0].tolist() == [ours.bos_id, *ours.encode(text)]
+    assert text in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- a really trained model

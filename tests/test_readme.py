@@ -21,6 +21,12 @@ SMALL = ["model.vocab_size=512", "model.hidden_size=32", "data.seq_len=32", "dat
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(ROOT)
+    if command[0] in ("export", "import"):
+        monkeypatch.chdir(tmp_path)
+        run = request.getfixturevalue("trained") / "run"
+        if command[0] == "import":
+            assert main(["export", str(run), "exported"]) == 0
+        command = [str(run) if word == "runs/quickstart" else word for word in command]
     if command[0] == "evaluate":
         command = ["evaluate", str(request.getfixturevalue("trained") / "run"), *command[2:]]
     if command[0] == "train":
