@@ -269,7 +269,7 @@ def test_a_trained_run_says_what_it_is(trained, tmp_path):
         "m = 2 without and b = 2 with gradient",
         f"perplexity {np.exp(loss):,.2f} (loss {loss:.4f} nats a token) at step 6",
         "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
-        "AutoTokenizer.from_pretrained(folder)",
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
     ):
         assert fact in body, fact
     raw = json.loads((tmp_path / "model" / "config.json").read_text())

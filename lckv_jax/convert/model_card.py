@@ -97,7 +97,7 @@ def _loading(format: Format, title: str, model: ModelConfig, *, has_tokenizer: b
     trusted = ", trust_remote_code=True" if format == "lckv" else ""
     yield f"model = AutoModelForCausalLM.from_pretrained(folder{trusted})"
     if has_tokenizer:
-        yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
+        yield f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})"
         yield 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
     if has_tokenizer and generates:
         yield "tokens = model.generate(**inputs, max_new_tokens=64)"
