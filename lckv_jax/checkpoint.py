@@ -272,6 +272,8 @@ def _run_of(run_or_checkpoint: str | Path) -> Path:
         return Path(os.fspath(folder))
     if (folder / "meta").is_dir() or (folder / "params").is_dir():
         return Path(os.fspath(folder.parent.parent))
+    if (folder / "config.json").exists() and next(folder.glob("*.safetensors"), None) is not None:
+        raise UserError(f"{folder} is a Hugging Face folder; `import` it first, and give what that makes of it")
     raise UserError(f"{folder}: neither a run folder with checkpoints/ nor a checkpoint such as RUN/checkpoints/100")
 
 

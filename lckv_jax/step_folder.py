@@ -44,12 +44,20 @@ def list_steps(folder: epath.Path) -> list[int]:
 def newest_usable(
     folder: epath.Path, use: Callable[[epath.Path], T], report: Callable[[str], None]
 ) -> tuple[T, tuple[int, ...]] | None:
-    """What `use` makes of the newest step in `folder` for which it does not raise Unusable, and the newer steps."""
+    """What `use` makes of the newest step in `folder` for which it does not raise Unusable, and the newer steps.
+
+    A run that is being trained may save steps and remove others meanwhile.
+    """
     unusable: dict[int, str] = {}
-    for step in list_steps(folder):
+    gone: set[int] = set()
+    while left := [step for step in list_steps(folder) if step not in unusable and step not in gone]:
+        step = left[0]
         try:
             return use(folder / str(step)), tuple(unusable)
         except Unusable as problem:
+            if not (folder / str(step)).exists():
+                gone.add(step)
+                continue
             report(f"checkpoints: step {step} is unusable: {problem}")
             unusable[step] = str(problem)
     if not unusable:

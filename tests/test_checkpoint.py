@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+from lckv_jax import step_folder
 from lckv_jax.checkpoint import load, newest_meta, open_checkpoints, restore, save
 from lckv_jax.config import RunConfig, build_config
 from lckv_jax.errors import UserError
@@ -507,3 +508,21 @@ def test_a_disk_that_fails_to_read_costs_no_checkpoint(tmp_path, monkeypatch):
             restore_lines(tmp_path)
     assert steps_in(tmp_path) == [1, 2]
     assert restore_lines(tmp_path)[1]["step"] == 2
+
+
+def test_steps_that_a_live_run_removes_and_saves_meanwhile_are_no_damage(tmp_path):
+    """Between listing and reading, the run saved step 2 and let go of step 1."""
+    folder = tmp_path / "run" / "checkpoints"
+    save_steps(folder, 1, keep=1)
+
+    lines, reads, later = [], step_folder.read_meta, [2]
+
+    def late(step):
+        if later:
+            save_steps(folder, later.pop(), keep=1)
+        return reads(step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_folder, "read_meta", late)
+        params, _, _ = load(tmp_path / "run", report=lines.append)
+    assert bits(params) == bits(make_state(2)["params"]) and lines == []

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -118,7 +119,7 @@ def test_what_is_read_dropped_and_written_is_told_and_how_to_go_on(tmp_path, tok
         "the tokenizer has 360 ids, the model 400: the others are never used",
         "left out model.layers.1.self_attn.k_proj.weight: the map 0_2_2 has no K/V projections in layer 1",
         f"read {folder}: map 0_2_2, 6,756 parameters in float32",
-        "map 0_2_2 -> 2_2_2, K/V projections averaged over the layers that read them, dropped from layer 0",
+        "map 0_2_2 -> 2_2_2, K/V projections averaged over the layers that read them",
         f"wrote {out}: map 2_2_2, 6,564 parameters in float32, read back and compared",
         f'measure it: python -m lckv_jax evaluate {out} "files=[texts/*.txt]"',
         f"go on training: python -m lckv_jax train {out}/config.json out=runs/new "
@@ -271,32 +272,44 @@ def test_leaves_that_differ_when_read_back_are_no_import(folder, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-SLOW = """
-import sys, time
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    """A model of 40 MB, so that saving it takes a while."""
+    config = SMALL | {"vocab_size": 500_000, "hidden_size": 20}
+    return write_folder(tmp_path_factory.mktemp("large") / "hf", config, small_tensors(config))
+
+
+SAVING = """
+import sys
 from lckv_jax import checkpoint
 from lckv_jax.__main__ import main
 save = checkpoint.save
-def slow(*arguments, **settings):
-    save(*arguments, **settings)
+def told(*arguments, **settings):
     print("saving", flush=True)
-    for _ in range(600):
-        time.sleep(0.1)  # a signal that another thread takes does not end it
-checkpoint.save = slow
+    save(*arguments, **settings)
+checkpoint.save = told
 sys.exit(main(["import", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.parametrize("wait", [0.0, 0.02, 0.3])
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 42), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_import_leaves_nothing_under_its_name(folder, tmp_path, sent, code):
-    arguments = [sys.executable, "-c", SLOW, str(folder), str(tmp_path / "out")]
+def test_a_stopped_import_leaves_nothing_under_its_name(large_folder, tmp_path, sent, code, wait):
+    arguments = [sys.executable, "-c", SAVING, str(large_folder), str(tmp_path / "out")]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.stdout.readline() != "saving\n":
         assert process.poll() is None
     (partial,) = tmp_path.glob("out.partial-*")
+    time.sleep(wait)
     process.send_signal(sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == ({"hf", partial.name} if sent == signal.SIGKILL else {"hf"}), error
-    import_hub(str(folder), str(tmp_path / "out"))  # removes what the killed one left
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == ([partial.name] if sent == signal.SIGKILL else []), error
+    assert error.count("\n") == (sent != signal.SIGKILL), error  # one sentence
+
+
+def test_what_a_killed_import_left_is_removed(folder, tmp_path):
+    (tmp_path / "out.partial-0123abcd" / "checkpoints").mkdir(parents=True)
+    import_hub(str(folder), str(tmp_path / "out"))
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}

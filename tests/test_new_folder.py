@@ -1,15 +1,17 @@
 """A folder appears whole or not at all, and nothing that was there is lost."""
 
 import errno
+import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lckv_jax.convert.new_folder import check_new, check_space, new_folder
+from lckv_jax.convert.new_folder import check_new, check_space, new_folder, uninterrupted
 from lckv_jax.errors import Stopped, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,3 +124,32 @@ def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch):
     check_space(tmp_path / "a" / "b", usage.free // 2)
     with pytest.raises(UserError, match=r"needs .* GB, but .* has only .* GB free"):
         check_space(tmp_path / "a" / "b", usage.total)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_a_callback_swallows_still_counts(tmp_path):
+    """What is raised within a callback of the garbage collector is printed and forgotten."""
+
+    def swallow(phase, info):
+        if phase == "start":
+            signal.raise_signal(signal.SIGTERM)
+
+    gc.callbacks.append(swallow)
+    try:
+        with pytest.raises(Stopped, match="nothing was written"), new_folder(tmp_path / "out"):
+            gc.collect()
+    finally:
+        gc.callbacks.remove(swallow)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_wait_for_what_must_not_be_interrupted(tmp_path):
+    done = []
+    with pytest.raises(Stopped), new_folder(tmp_path / "out"), uninterrupted():
+        signal.raise_signal(signal.SIGTERM)
+        done.append("written")
+    assert done == ["written"] and list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append("again")
+    assert done == ["written", "again"]

@@ -75,3 +75,15 @@ def test_changes_are_recorded_once(tmp_path):
         record_changes(tmp_path, step, [CHANGE])
     lines = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "changes": {"optimizer.learning_rate": [0.1, 0.2]}} for step in (3, 5)]
+
+
+def test_an_exported_model_is_no_place_for_a_run(tmp_path):
+    for content in ('{"model_type": "llama"}', "[]", "{"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="not of a run"):
+            run_folder.check_free(tmp_path)
+    (tmp_path / "config.json").write_text(
+        '{"model": {}, "train": {}}'
+    )  # of a run that was stopped before its first step
+    run_folder.check_free(tmp_path)
+    run_folder.check_free(tmp_path / "absent")

@@ -15,7 +15,7 @@ from lckv_jax import checkpoint
 from lckv_jax.config import RunConfig, build_config, config_json
 from lckv_jax.convert.hub import load_hub
 from lckv_jax.convert.hub_config import read_config
-from lckv_jax.convert.new_folder import check_new, new_folder
+from lckv_jax.convert.new_folder import check_new, new_folder, uninterrupted
 from lckv_jax.convert.reshare import How, describe_change, resharded_config, reshare
 from lckv_jax.convert.tokenizer_files import import_tokenizer_files
 from lckv_jax.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_files
@@ -66,16 +66,23 @@ def import_hub(
         config = _proposed_config(target, converted, tokenizer_files(partial))
         (partial / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n", encoding="utf-8")
         state = {"params": _on_device(params, report), "step": jnp.zeros((), jnp.int32)}
-        with checkpoint.open_checkpoints(partial / "checkpoints", keep=1) as manager:
-            checkpoint.save(manager, state, config, tokenizer="" if tokenizer is None else tokenizer.fingerprint)
-        del state
-        checkpoint.load(partial, report=report)  # every leaf is compared with what was to be written
+        fingerprint = "" if tokenizer is None else tokenizer.fingerprint
+        with uninterrupted(), checkpoint.open_checkpoints(partial / "checkpoints", keep=1) as manager:
+            checkpoint.save(manager, state, config, tokenizer=fingerprint)
+        del state, params
+        checkpoint.stream(partial, _read_all, report=report)
     report(f"wrote {target}: map {converted.sharing}, {size}, read back and compared")
     report(f'measure it: python -m lckv_jax evaluate {target} "files=[texts/*.txt]"')
     report(
         f"go on training: python -m lckv_jax train {target / 'config.json'} out=runs/new "
         f'"data.sources=[texts/*.txt]" train.steps={config.train.steps}'
     )
+
+
+def _read_all(stored: checkpoint.Stored) -> None:
+    """Compares every leaf with what was to be written, one at a time."""
+    for path in stored.leaves:
+        stored.read(path)
 
 
 def _with_wider_window(model: ModelConfig, source: Path) -> ModelConfig:

@@ -11,13 +11,13 @@ import secrets
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lckv_jax.errors import Stopped, UserError
 
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -71,35 +71,46 @@ def new_folder(path: Path, size: int | None = None) -> Iterator[Path]:
             _remove_stale(path)
             partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
             partial.mkdir()
-            stack.callback(_remove, partial)
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # its own trouble must not hide what happened
             stack.enter_context(_locked(partial))
-            stack.enter_context(_stopping_at_sigterm())
-            yield partial
+            with _stopping_at_sigterm():
+                yield partial
             os.rename(partial, path)
-            _sync(path.parent)
         except OSError as error:
             raise _told(error, path, size) from error
+    with contextlib.suppress(OSError):  # it has its name already
+        _sync(path.parent)
 
 
-def _remove(folder: Path) -> None:
-    """Also what threads of an interrupted checkpoint still write for a moment, which make folders anew.
-
-    Its own trouble must not hide what happened.
-    """
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            time.sleep(0.05)
-            if not folder.exists():
-                return
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGTERM and Ctrl-C wait for the end of the block: other threads write in it, and cannot be stopped half-way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    previous = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in _STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in noted:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager
 def _stopping_at_sigterm() -> Iterator[None]:
-    """SIGTERM raises Stopped; Python lets only the main thread install that."""
+    """SIGTERM raises Stopped; Python lets only the main thread install that.
 
-    def stop(*_: Any) -> None:
-        raise Stopped("stopped by SIGTERM; nothing was written: the same command begins again")
+    Once more at the end, for what is raised within a callback of the garbage collector goes no further.
+    """
+    stopped = Stopped("stopped by SIGTERM; nothing was written: the same command begins again")
+    noted: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        noted.append(number)
+        raise stopped
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -109,6 +120,8 @@ def _stopping_at_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+    if noted:
+        raise stopped
 
 
 def _told(error: OSError, path: Path, size: int | None) -> UserError:

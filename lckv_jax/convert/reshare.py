@@ -72,9 +72,11 @@ def describe_change(old: ModelConfig, new: ModelConfig, how: How) -> str:
     told = []
     if new.sharing != old.sharing:
         told.append(f"map {old.sharing} -> {new.sharing}")
-        averaged = any(len(set(slots)) > 1 for slots in old_slots(old.sharing, new.sharing, how))
+        used = old_slots(old.sharing, new.sharing, how)
+        averaged = any(len(set(slots)) > 1 for slots in used)
         told.append("K/V projections averaged over the layers that read them" if averaged else "K/V projections copied")
-        if dropped := [str(layer) for layer in old.sharing.owners if layer not in new.sharing.owners]:
+        kept = {slot for slots in used for slot in slots}
+        if dropped := [str(layer) for slot, layer in enumerate(old.sharing.owners) if slot not in kept]:
             told.append(f"dropped from layer{'s' * (len(dropped) > 1)} {', '.join(dropped)}")
     if new.num_kv_heads != old.num_kv_heads:
         told.append(f"{old.num_kv_heads} K/V heads averaged to {new.num_kv_heads}")

@@ -320,6 +320,7 @@ def _check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) -
                 f"{out} holds a run, but its config.json cannot be read; put it back, or choose another `out`"
             ) from error
     else:
+        run_folder.check_free(out)
         return False
     found = resume.changes(resume.read_config(tree, where), config)
     resume.check_changes(found, config.allow_changes, f"{where} has")

@@ -51,6 +51,20 @@ def held(out: Path, say: Callable[[str], object]) -> Iterator[None]:
             return
 
 
+def check_free(out: Path) -> None:
+    """Raises UserError if the folder, which holds no run yet, has a config.json of something else."""
+    try:
+        tree = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        tree = None
+    if not isinstance(tree, dict) or not {"model", "train"} <= tree.keys():
+        raise UserError(
+            f"{out} holds a config.json that is not of a run, as an exported model does; choose another `out`"
+        )
+
+
 def _is_there(path: Path, lock: IO[bytes]) -> bool:
     """Whether the locked file is still the one at `path`."""
     try:

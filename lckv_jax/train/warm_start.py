@@ -72,10 +72,11 @@ def first_state(
 
 def _converted(config: RunConfig, before: ModelConfig, params: Any) -> Any:
     after = config.model
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # first, so that no mean is rounded
     params, _ = reshare(params, before, after.sharing, config.init_how, after.num_kv_heads)
     if before.tie_embeddings and not after.tie_embeddings:
         params["head"] = params["embed"].T
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    return params
 
 
 def _check_fits(config: RunConfig, before: ModelConfig) -> None:
