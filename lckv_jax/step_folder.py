@@ -99,6 +99,7 @@ def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[Stat
     """
     meta = read_meta(folder)
     abstract = select(meta)
+    _check_width(folder, [meta["leaves"].get(path, [""])[0] for path in leaves_by_path(abstract)])
     items = {name: ocp.args.StandardRestore(tree) for name, tree in state_items(abstract).items()}
     restored = _together(lambda: _read(folder, **items))
     rest = restored.pop("rest", {})
@@ -116,6 +117,7 @@ def read_leaf(folder: epath.Path, meta: Meta, path: str) -> np.ndarray:
     Raises as `read_step`.
     """
     dtype, shape, _ = meta["leaves"][path]
+    _check_width(folder, [dtype])
     tree = state_items(traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(shape, dtype)}, sep="."))
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     items = {
@@ -128,6 +130,13 @@ def read_leaf(folder: epath.Path, meta: Meta, path: str) -> np.ndarray:
     if [str(leaf.dtype), list(leaf.shape), host_fingerprint(leaf)] != meta["leaves"][path]:
         raise Unusable(f"{path} differs from what was saved")
     return leaf
+
+
+def _check_width(folder: epath.Path, dtypes: list[str]) -> None:
+    """Raises UserError for dtypes that jax would narrow, so that they would pass for damage."""
+    wide = [dtype for dtype in dtypes if dtype.endswith("64")]
+    if wide and not jax.config.read("jax_enable_x64"):
+        raise UserError(f"{folder} holds {wide[0]} numbers; set JAX_ENABLE_X64=1 in the environment to read them")
 
 
 def read_meta(folder: epath.Path) -> Meta:

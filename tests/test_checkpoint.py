@@ -526,3 +526,15 @@ def test_steps_that_a_live_run_removes_and_saves_meanwhile_are_no_damage(tmp_pat
         patch.setattr(step_folder, "read_meta", late)
         params, _, _ = load(tmp_path / "run", report=lines.append)
     assert bits(params) == bits(make_state(2)["params"]) and lines == []
+
+
+def test_wide_numbers_are_no_damage(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with open_checkpoints(folder, 1) as manager:
+            save(manager, {"params": {"embed": jnp.ones(3, jnp.float64)}, "step": jnp.int32(1)}, CONFIG)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    with pytest.raises(UserError, match="holds float64 numbers; set JAX_ENABLE_X64=1"):
+        load(tmp_path / "run")
