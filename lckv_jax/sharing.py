@@ -190,12 +190,14 @@ class KVSharing:
         """The owners whose K,V another layer reads."""
         return tuple(owner for slot, owner in enumerate(self.owners) if self.donors(slot) != (owner,))
 
+    @cached_property
+    def slot_windowed(self) -> tuple[bool, ...]:
+        """For each slot, whether all of its readers read through the sliding window."""
+        return tuple(all(self.windowed[layer] for layer in self.donors(slot)) for slot in range(len(self.owners)))
+
     def cache_tokens(self, seq_len: int, window: int) -> tuple[int, ...]:
         """The tokens of a row of `seq_len` that each slot keeps: what its widest reader needs."""
-        return tuple(
-            min(window, seq_len) if all(self.windowed[layer] for layer in self.donors(slot)) else seq_len
-            for slot in range(len(self.owners))
-        )
+        return tuple(min(window, seq_len) if windowed else seq_len for windowed in self.slot_windowed)
 
     def cache_bytes_per_token(self, num_kv_heads: int, head_dim: int, element_bytes: int = 2) -> int:
         """Bytes of K,V held for one token of context while windows are not full (2 for K and V; bf16 unless said)."""

@@ -38,8 +38,22 @@ def norm(x, weight, eps):
     return x / np.sqrt(np.mean(x * x) + eps) * weight
 
 
-def token_by_token(params, config: ModelConfig, tokens, segments=None) -> np.ndarray:
-    """Logits [T, V] of one row."""
+def coded(x, largest):
+    """x [K, H] as integers up to `largest` and back, one scale a head; None = as it is."""
+    if largest is None:
+        return x
+    scale = np.abs(x).max(axis=-1, keepdims=True) / largest
+    scale = np.where(scale == 0, 1.0, scale)
+    return np.round(x / scale) * scale
+
+
+def token_by_token(params, config: ModelConfig, tokens, segments=None, *, sinks=0, window=None, largest=None):
+    """Logits [T, V] of one row.
+
+    sinks, window: of a cache that keeps only the first and the last tokens (the current one counts) where the map
+    itself has no window; positions are then those in the cache. largest: of the codes of keys and values as tokens
+    after the first read them, see `coded`.
+    """
     p = {k: ({n: np.asarray(w, np.float64) for n, w in v.items()} if isinstance(v, dict) else np.asarray(v, np.float64))
          for k, v in params.items()}  # fmt: skip
     sharing, freq = config.sharing, frequencies(config)
@@ -57,14 +71,19 @@ def token_by_token(params, config: ModelConfig, tokens, segments=None) -> np.nda
                 k = np.einsum("D,DKH->KH", h, p["kv"]["wk"][c]) + p["kv"].get("bk", np.zeros(64))[c]
                 v = np.einsum("D,DKH->KH", h, p["kv"]["wv"][c]) + p["kv"].get("bv", np.zeros(64))[c]
                 cache[i].append((segments[t], position, rotate(k, position, freq), v))
-            q = rotate(np.einsum("D,DNH->NH", h, layer["wq"]) + layer.get("bq", 0), position, freq)
+            local = all(w for w, source in zip(sharing.windowed, sharing.sources) if source == sharing.sources[i])
+            kept = None if local else window
+            gone = max(0, position - (sinks + kept - 1)) if kept and sinks else 0  # tokens between sinks and window
+            codes = largest if t else None  # a prompt of one token
+            q = rotate(np.einsum("D,DNH->NH", h, layer["wq"]) + layer.get("bq", 0), position - gone, freq)
             strict = sharing.sources[i] > i or config.strict_everywhere
             seen = [
-                (k, v)
+                (rotate(coded(k, codes), 0 if at < sinks else -gone, freq), coded(v, codes))
                 for segment, at, k, v in cache[sharing.sources[i]]
                 if segment == segments[t]
                 and (at < position if strict else at <= position)
                 and (not sharing.windowed[i] or at > position - config.window)
+                and (kept is None or at < sinks or at > position - kept)
             ]
             out = np.zeros((config.num_heads, config.head_dim))
             for n in range(config.num_heads if seen else 0):

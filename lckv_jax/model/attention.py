@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,16 +112,54 @@ def attend(
 
 def _attend_xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """The reference: all logits at once."""
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    return attend_cells(q_BTNH, k_BKSH, v_BKSH, mask_BTS[:, None])
+
+
+class First(NamedTuple):
+    """Queries [B, T, N, H] that stand in for the others at the first `count` cells."""
+
+    count: int
+    q_BTNH: jax.Array
+
+
+def attend_cells(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask_BKTS: jax.Array,
+    *,
+    k_scale_BKS: jax.Array | None = None,
+    v_scale_BKS: jax.Array | None = None,
+    first: First | None = None,
+) -> jax.Array:
+    """The reference attention on keys and values as a cache holds them, heads before cells; [B, T, N, H].
+
+    mask_BKTS: which cells each query may read; K may be 1. Scales, where given, multiply the keys and values of a cell,
+    which may then be integers. A query with nothing to read gets exactly zeros. Softmax in float32 or wider.
+    """
+    (B, T, N, H), K = q_BTNH.shape, k_BKSH.shape[1]
     wide = wider(q_BTNH.dtype)
-    q = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BSKH, preferred_element_type=wide)
-    mask = mask_BTS[:, None, None]
+
+    def products(q: jax.Array, k: jax.Array) -> jax.Array:
+        q = (q * H**-0.5).reshape(B, T, K, N // K, H)
+        return jnp.einsum("BTKGH,BKSH->BKGTS", q, k.astype(q.dtype), preferred_element_type=wide)
+
+    logits = products(q_BTNH, k_BKSH)
+    if first is not None:
+        count = first.count
+        logits = jnp.concatenate([products(first.q_BTNH, k_BKSH[:, :, :count]), logits[..., count:]], axis=-1)
+    if k_scale_BKS is not None:
+        logits *= k_scale_BKS[:, :, None, None, :].astype(wide)
+    mask = mask_BKTS[:, :, None]
     logits = jnp.where(mask, logits, jnp.finfo(wide).min)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
     total = weights.sum(axis=-1)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=wide)
     total = jnp.where(total == 0.0, 1.0, total)  # nothing to read: zeros over one
-    out = out / jnp.einsum("BKGT->BTKG", total)[..., None]
+    read = weights if v_scale_BKS is None else weights * v_scale_BKS[:, :, None, None, :].astype(wide)
+    dtype = q_BTNH.dtype
+    # the transposition apart: XLA's CPU backend refuses it within a bfloat16 product that gives float32
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", read.astype(dtype), v_BKSH.astype(dtype), preferred_element_type=wide)
+    out = jnp.einsum("BKGTH->BTKGH", out / total[..., None])
     return out.reshape(B, T, N, H).astype(q_BTNH.dtype)

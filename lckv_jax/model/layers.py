@@ -94,29 +94,22 @@ def project_kv(config: ModelConfig, p: Params, x_BTD: jax.Array, context: Contex
     return KV(rotate(k, context.cos, context.sin), v)
 
 
-def attention(
-    config: ModelConfig, p: Params, x_BTD: jax.Array, kv: KV | None, context: Context, *, strict: bool, windowed: bool
-) -> jax.Array:
-    """The attention half of a layer, [B, T, D], without the residual. kv None: there is nothing to read, so zeros
-    enter wo and only its bias comes out."""
-    if kv is None:
+Read = Callable[[jax.Array], jax.Array]  # rotated queries [B, T, N, H] -> what they read, [B, T, N, H]
+
+
+def attention(config: ModelConfig, p: Params, x_BTD: jax.Array, read: Read | None, context: Context) -> jax.Array:
+    """The attention half of a layer, [B, T, D], without the residual.
+
+    read: attends to the keys and values of the layer's source, wherever they are. None: there is nothing to read, so
+    zeros enter wo and only its bias comes out.
+    """
+    if read is None:
         return jnp.broadcast_to(p["bo"][None, None], x_BTD.shape) if config.attention_bias else jnp.zeros_like(x_BTD)
     h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
     q = jnp.einsum("BTD,DNH->BTNH", h, p["wq"])
     if config.attention_bias:
         q = q + p["bq"][None, None]
-    out = attend(
-        rotate(q, context.cos, context.sin),
-        *kv,
-        q_pos_BT=context.pos_BT,
-        k_pos_BS=context.pos_BT,
-        q_seg_BT=context.seg_BT,
-        k_seg_BS=context.seg_BT,
-        strict=strict,
-        window=config.window if windowed else None,
-        plain=context.plain,
-        backend=config.attention,
-    )
+    out = read(rotate(q, context.cos, context.sin))
     out = jnp.einsum("BTNH,NHD->BTD", out, p["wo"])
     return out + p["bo"][None, None] if config.attention_bias else out
 
@@ -147,11 +140,27 @@ def layer(
     """
     own, own_kv = p
     kv = project_kv(config, own_kv, x_BTD, context) if own_kv is not None else None
-    strict = run.upward or config.strict_everywhere
     source = kv if run.source is None else reads
-    x = x_BTD + attention(config, own, x_BTD, source, context, strict=strict, windowed=run.windowed)
+    read = None if source is None else partial(_read, config, run, context, source)
+    x = x_BTD + attention(config, own, x_BTD, read, context)
     x = x + mlp(config, own, x)
     return constrain(x, "BTD"), kv
+
+
+def _read(config: ModelConfig, run: Run, context: Context, kv: KV, q_BTNH: jax.Array) -> jax.Array:
+    """Attention of all tokens to the K,V of the same tokens."""
+    return attend(
+        q_BTNH,
+        *kv,
+        q_pos_BT=context.pos_BT,
+        k_pos_BS=context.pos_BT,
+        q_seg_BT=context.seg_BT,
+        k_seg_BS=context.seg_BT,
+        strict=run.upward or config.strict_everywhere,
+        window=config.window if run.windowed else None,
+        plain=context.plain,
+        backend=config.attention,
+    )
 
 
 def run_layers(

@@ -1,0 +1,222 @@
+"""`generate`: prompts through the passes into the cache, then token by token in one jitted loop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lckv_jax.config import ModelConfig
+from lckv_jax.decode.cache import Cache, fill, grown, next_positions
+from lckv_jax.decode.sampling import Sampling, choose, penalised, row_keys
+from lckv_jax.decode.spec import CacheSpec, SlotSpec, slot_specs
+from lckv_jax.decode.step import Weights, decode_step, decode_weights
+from lckv_jax.errors import UserError
+from lckv_jax.model.attention import wider
+from lckv_jax.model.layers import Params
+from lckv_jax.model.refine import Passes, stop_rule
+from lckv_jax.model.transformer import head_matrix, hidden_states
+
+_BUCKET = 256  # columns by which a cache grows: early steps do not read what late ones need
+_SEGMENT = 64  # steps between looks at whether every row has ended
+_PROMPT_STEP = 16  # prompts are padded to a multiple of it
+
+
+class Generated(NamedTuple):
+    """What one prompt became: the new tokens, the log-probability of each, and the passes that the prompt took.
+
+    The last token may be a stop token; tokens after it are not there. Log-probabilities are those of the model itself,
+    before a temperature or limits of sampling.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    passes: int
+
+
+class _Loop(NamedTuple):
+    """What a decode step hands to the next. tokens: the newest of each row, not yet in the cache."""
+
+    cache: Cache
+    tokens_B: jax.Array
+    live_B: jax.Array
+    seen_BV: jax.Array | None
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    cache: CacheSpec | str = "full",
+    passes: Passes = "exact",
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+) -> list[list[int]]:
+    """The new tokens of each prompt, at most `max_new_tokens`: `generate_rows` without the rest."""
+    rows = generate_rows(
+        params, config, prompts, max_new_tokens, cache=cache, passes=passes, sampling=sampling, stop=stop
+    )
+    return [row.tokens for row in rows]
+
+
+def generate_rows(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    cache: CacheSpec | str = "full",
+    passes: Passes = "exact",
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+) -> list[Generated]:
+    """Continues all prompts together, as one batch.
+
+    prompts: token ids, with the BOS that the model was trained with; nothing is added. passes: how often a prompt
+    passes over cyclic spans (`refine.stop_rule`); the new tokens are exact whatever it is. cache: `CacheSpec.parse`.
+    sampling: None = greedy. stop: tokens after which a row ends. What a row becomes does not depend on the others.
+    Raises UserError for an empty prompt, a token that the model does not have, or numbers that are not finite.
+    """
+    spec, rule = CacheSpec.parse(cache), stop_rule(config, passes)
+    del rule  # only asked so that a misspelt word is told before any work
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}; give 1 or more")
+    if not prompts:
+        return []
+    tokens_BT, padding_B = _padded_prompts(prompts, config.vocab_size)
+    params = jax.tree.map(jnp.asarray, params)
+    config = config.model_copy(update={"attention": "auto"})
+    stops = np.array(sorted(stop), np.int32)
+    keys_B = row_keys(sampling or Sampling(), 0, len(prompts))
+    columns = tokens_BT.shape[1]
+    specs = slot_specs(config, spec, _bucket(columns + 1))
+    loop, chosen, used_B = _prefill(params, config, specs, passes, sampling, tokens_BT, padding_B, keys_B, stops)
+    weights = _weights(params, config)
+    pieces, left = [jax.tree.map(lambda x: x[None], chosen)], max_new_tokens - 1
+    while left and bool(loop.live_B.any()):
+        size = _bucket(columns + 1)
+        if size != _bucket(columns):
+            specs = slot_specs(config, spec, size)
+            loop = loop._replace(cache=_grow(specs, loop.cache))
+        steps = min(left, _SEGMENT, size - columns)
+        loop, piece = _decode(weights, config, specs, sampling, steps, loop, keys_B, stops)
+        pieces.append(piece)
+        columns, left = columns + steps, left - steps
+    new = jax.tree.map(lambda *xs: np.concatenate(xs, axis=0), *jax.device_get(pieces))
+    if not np.isfinite(new.logprob[new.live]).all():
+        raise UserError("the model's logits are not finite; was it trained to its end? Check it with `evaluate`")
+    rows = zip(new.token.T, new.logprob.T, new.live.T, np.asarray(used_B))
+    return [Generated(token[live].tolist(), logprob[live].tolist(), int(used)) for token, logprob, live, used in rows]
+
+
+class _Chosen(NamedTuple):
+    """New tokens [B] or [steps, B]: which, how likely, and whether the row had not ended before."""
+
+    token: jax.Array
+    logprob: jax.Array
+    live: jax.Array
+
+
+def _bucket(columns: int) -> int:
+    return -(-columns // _BUCKET) * _BUCKET
+
+
+def _padded_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, T] with padding in front, and how much of it each row has."""
+    lists = []
+    for number, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or not ids.size:
+            raise UserError(f"prompt {number} is empty; give it at least one token, such as the tokenizer's BOS")
+        if ids.dtype.kind not in "iu":
+            raise UserError(f"prompt {number} is no list of token ids, which are integers; encode the text first")
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if wrong.size:
+            raise UserError(
+                f"prompt {number} has token {ids[wrong[0]]} at place {wrong[0]}, but ids are below {vocab_size}; "
+                "encode the text with the model's own tokenizer"
+            )
+        lists.append(ids)
+    longest = max(ids.size for ids in lists)
+    length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+    tokens = np.zeros((len(lists), length), np.int32)
+    for row, ids in zip(tokens, lists):
+        row[length - ids.size :] = ids
+    return tokens, np.array([length - ids.size for ids in lists], np.int32)
+
+
+@partial(jax.jit, static_argnames="config")
+def _weights(params: Params, config: ModelConfig) -> Weights:
+    return decode_weights(params, config)
+
+
+@partial(jax.jit, static_argnames=("specs",), donate_argnames="cache")
+def _grow(specs: tuple[SlotSpec, ...], cache: Cache) -> Cache:
+    return cache._replace(slots={spec.owner: grown(spec, cache.slots[spec.owner]) for spec in specs})
+
+
+@partial(jax.jit, static_argnames=("config", "specs", "passes", "sampling"))
+def _prefill(
+    params: Params,
+    config: ModelConfig,
+    specs: tuple[SlotSpec, ...],
+    passes: Passes,
+    sampling: Sampling | None,
+    tokens_BT: jax.Array,
+    padding_B: jax.Array,
+    keys_B: jax.Array,
+    stops: jax.Array,
+) -> tuple[_Loop, _Chosen, jax.Array]:
+    """The prompts' K,V in a cache, the first new token of each row, and the passes that the row took."""
+    B, T = tokens_BT.shape
+    pos_BT = jnp.maximum(jnp.arange(T, dtype=jnp.int32)[None] - padding_B[:, None], -1)
+    hidden = hidden_states(params, config, tokens_BT, positions_BT=pos_BT, passes=passes)
+    x_BD, head = hidden.x_BTD[:, -1], head_matrix(params, config)
+    logits_BV = jnp.einsum("BD,DV->BV", x_BD, head, preferred_element_type=wider(x_BD.dtype))
+    seen_BV = None
+    if sampling is not None and sampling.repetition_penalty != 1.0:
+        rows = jnp.arange(B)[:, None]
+        seen_BV = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BT].max(pos_BT >= 0)
+    loop = _Loop(fill(specs, hidden.slots, padding_B), tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
+    loop, chosen = _choose(sampling, loop, logits_BV, keys_B, stops)
+    return loop, chosen, hidden.passes
+
+
+@partial(jax.jit, static_argnames=("config", "specs", "sampling", "steps"), donate_argnames="loop")
+def _decode(
+    weights: Weights,
+    config: ModelConfig,
+    specs: tuple[SlotSpec, ...],
+    sampling: Sampling | None,
+    steps: int,
+    loop: _Loop,
+    keys_B: jax.Array,
+    stops: jax.Array,
+) -> tuple[_Loop, _Chosen]:
+    """`steps` new tokens of every row."""
+
+    def one(loop: _Loop, _: None) -> tuple[_Loop, _Chosen]:
+        logits_BV, cache = decode_step(weights, config, specs, loop.cache, loop.tokens_B, loop.live_B)
+        return _choose(sampling, loop._replace(cache=cache), logits_BV, keys_B, stops)
+
+    return jax.lax.scan(one, loop, None, length=steps)
+
+
+def _choose(
+    sampling: Sampling | None, loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, stops: jax.Array
+) -> tuple[_Loop, _Chosen]:
+    """The next token of each row, and the loop that goes on from it."""
+    token_B = choose(sampling, penalised(sampling, logits_BV, loop.seen_BV), keys_B, next_positions(loop.cache))
+    picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    logprob_B = picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    seen_BV = loop.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    goes_on_B = loop.live_B & ~jnp.isin(token_B, stops)
+    return _Loop(loop.cache, token_B, goes_on_B, seen_BV), _Chosen(token_B, logprob_B, loop.live_B)

@@ -1,0 +1,88 @@
+"""One token of every row through the model, on the cache: the exact token-by-token semantics of every map."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lckv_jax.config import ModelConfig
+from lckv_jax.decode.cache import Cache, append, next_positions, read
+from lckv_jax.decode.spec import SlotSpec
+from lckv_jax.model.attention import wider
+from lckv_jax.model.layers import Params, attention, make_context, mlp, project_kv, rms_norm
+from lckv_jax.model.transformer import head_matrix
+
+
+class Weights(NamedTuple):
+    """Parameters as a decoder reads them: one array each, in the compute dtype, so that no step slices a stack.
+
+    layers: of each layer. kv: K/V projections by owner.
+    """
+
+    embed_VD: jax.Array
+    layers: tuple[Params, ...]
+    kv: dict[int, Params]
+    final_norm_D: jax.Array
+    head_DV: jax.Array
+
+
+def decode_weights(params: Params, config: ModelConfig) -> Weights:
+    """The parameters taken apart, matrices and biases cast to the compute dtype; norms stay as they are."""
+
+    def entry(group: Params, index: int) -> Params:
+        return {name: x[index] if name.endswith("norm") else x[index].astype(config.dtype) for name, x in group.items()}
+
+    layers = tuple(entry(params["layers"], layer) for layer in range(config.num_layers))
+    kv = {owner: entry(params["kv"], slot) for slot, owner in enumerate(config.sharing.owners)}
+    for owner, own in kv.items():
+        own["attn_norm"] = layers[owner]["attn_norm"]
+    return Weights(params["embed"].astype(config.dtype), layers, kv, params["final_norm"], head_matrix(params, config))
+
+
+def decode_step(
+    weights: Weights,
+    config: ModelConfig,
+    specs: tuple[SlotSpec, ...],
+    cache: Cache,
+    tokens_B: jax.Array,
+    live_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] of what follows `tokens_B`, in float32 or wider, and the cache with these tokens.
+
+    Layers run from the lowest to the highest, and an owner appends when it runs: a layer below it reads strictly
+    earlier tokens, as upward layers shall, and it and those above read this one too. Rows that are not live append
+    nothing, and their logits mean nothing.
+    """
+    sharing, spec_of = config.sharing, dict(zip(config.sharing.owners, specs))
+    pos_B = next_positions(cache)
+    context = make_context(config, pos_B[:, None], None)
+    x = weights.embed_VD[tokens_B][:, None].astype(config.dtype)
+    slots = dict(cache.slots)
+    for layer, p in enumerate(weights.layers):
+        if layer in sharing.owners:
+            kv = project_kv(config, weights.kv[layer], x, context)
+            slots[layer] = append(spec_of[layer], slots[layer], kv, cache.column, pos_B, live_B)
+        source = sharing.sources[layer]
+        reads = partial(
+            read,
+            config,
+            spec_of[source],
+            slots[source],
+            pos_BT=context.pos_BT,
+            strict=sharing.upward[layer] or config.strict_everywhere,
+            window=config.window if sharing.windowed[layer] else None,
+        )
+        x = x + attention(config, p, x, reads, context)
+        x = x + mlp(config, p, x)
+    x = rms_norm(x[:, 0][:, None], weights.final_norm_D, config.norm_eps)[:, 0]
+    logits_BV = jnp.einsum("BD,DV->BV", x, weights.head_DV, preferred_element_type=wider(x.dtype))
+    return logits_BV, Cache(slots, cache.column + 1, cache.padding_B)
+
+
+def step_bytes(weights: Weights) -> int:
+    """Bytes of weights that one step reads: all but the embedding, of which it reads one row for each token."""
+    tree: Any = weights._replace(embed_VD=None)
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
