@@ -60,6 +60,12 @@ def _import(options: argparse.Namespace) -> None:
     )
 
 
+def _generate(options: argparse.Namespace) -> None:
+    from lckv_jax.decode.prompts import generate_text
+
+    generate_text(options.checkpoint, options.overrides)
+
+
 def _export(options: argparse.Namespace) -> None:
     _leave_accelerators_alone()
     from lckv_jax.convert.export import export
@@ -104,6 +110,16 @@ _SETTINGS = _Argument(
         "default": [],
         "metavar": "a=b",
         "help": "files, passes, seq_len, batch_size, max_tokens, out, as in files=texts/*.txt (see docs/training.md)",
+    },
+)
+_GENERATION = _Argument(
+    "overrides",
+    {
+        "nargs": "*",
+        "default": [],
+        "metavar": "a=b",
+        "help": "prompt, file, out, max_new_tokens, cache, passes, sampling.temperature and others, as in "
+        'prompt="import os" (see docs/generate.md)',
     },
 )
 _OVERRIDES = _Argument(
@@ -152,6 +168,7 @@ _COMMANDS = {
     "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
                          (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
     "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
+    "generate": _Command(_generate, "text from a checkpoint", (_CHECKPOINT, _GENERATION)),
     "import": _Command(_import, "a Hugging Face folder to a run folder, also with another map", _IMPORT),
     "export": _Command(_export, "a checkpoint as a Hugging Face folder, for PyTorch",
                        (_CHECKPOINT, _OUT, _FORMAT, _DTYPE, _SHARD)),

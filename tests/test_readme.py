@@ -27,8 +27,8 @@ def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
         if command[0] == "import":
             assert main(["export", str(run), "exported"]) == 0
         command = [str(run) if word == "runs/quickstart" else word for word in command]
-    if command[0] == "evaluate":
-        command = ["evaluate", str(request.getfixturevalue("trained") / "run"), *command[2:]]
+    if command[0] in ("evaluate", "generate"):
+        command = [command[0], str(request.getfixturevalue("trained") / "run"), *command[2:]]
     if command[0] == "train":
         for number in (1, 2):
             (tmp_path / "books").mkdir(exist_ok=True)

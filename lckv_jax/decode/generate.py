@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from lckv_jax.model.transformer import head_matrix, hidden_states
 
 _BUCKET = 256  # columns by which a cache grows: early steps do not read what late ones need
 _SEGMENT = 64  # steps between looks at whether every row has ended
+_ENDLESS = 2**31 - 1  # columns are counted in int32
 _PROMPT_STEP = 16  # prompts are padded to a multiple of it
 
 
@@ -83,36 +84,95 @@ def generate_rows(
     sampling: None = greedy. stop: tokens after which a row ends. What a row becomes does not depend on the others.
     Raises UserError for an empty prompt, a token that the model does not have, or numbers that are not finite.
     """
-    spec, rule = CacheSpec.parse(cache), stop_rule(config, passes)
-    del rule  # only asked so that a misspelt word is told before any work
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}; give 1 or more")
     if not prompts:
         return []
+    options = _Options(CacheSpec.parse(cache), passes, sampling, np.array(sorted(stop), np.int32))
+    pieces = list(_pieces(params, config, prompts, max_new_tokens, options, _SEGMENT))
+    chosen = jax.tree.map(lambda *xs: np.concatenate(xs, axis=0), *(piece.chosen for piece in pieces))
+    rows = zip(chosen.token.T, chosen.logprob.T, chosen.live.T, pieces[0].passes_B)
+    return [Generated(token[live].tolist(), logprob[live].tolist(), int(used)) for token, logprob, live, used in rows]
+
+
+def stream(
+    params: Params,
+    config: ModelConfig,
+    prompt: Sequence[int],
+    max_new_tokens: int | None = None,
+    *,
+    cache: CacheSpec | str = "full",
+    passes: Passes = "exact",
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+    every: int = 8,
+) -> Iterator[list[int]]:
+    """The new tokens of one prompt as they come, `every` at a time; arguments as in `generate_rows`.
+
+    max_new_tokens: None = without end, which only a cache of constant size can do. Raises UserError for one that grows.
+    """
+    spec = CacheSpec.parse(cache)
+    if max_new_tokens is None and any(not slot.ring for slot in slot_specs(config, spec, _ENDLESS)):
+        raise UserError(f"cache {spec} grows without end; give max_new_tokens, or a cache such as sinks(4,1020)")
+    options = _Options(spec, passes, sampling, np.array(sorted(stop), np.int32))
+    for piece in _pieces(params, config, [prompt], max_new_tokens, options, every):
+        yield piece.chosen.token[piece.chosen.live].tolist()
+
+
+class _Options(NamedTuple):
+    spec: CacheSpec
+    passes: Passes
+    sampling: Sampling | None
+    stops: np.ndarray
+
+
+class _Piece(NamedTuple):
+    """New tokens [steps, B] on the host, and the passes that each row's prompt took."""
+
+    chosen: _Chosen
+    passes_B: np.ndarray
+
+
+def _pieces(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | None,
+    options: _Options,
+    segment: int,
+) -> Iterator[_Piece]:
+    """The first new tokens, then those of up to `segment` steps at a time, until all rows have ended."""
+    stop_rule(config, options.passes)  # a misspelt word is told before any work
+    left = _ENDLESS if max_new_tokens is None else max_new_tokens
+    if left < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}; give 1 or more")
     tokens_BT, padding_B = _padded_prompts(prompts, config.vocab_size)
     params = jax.tree.map(jnp.asarray, params)
     config = config.model_copy(update={"attention": "auto"})
-    stops = np.array(sorted(stop), np.int32)
-    keys_B = row_keys(sampling or Sampling(), 0, len(prompts))
+    spec, passes, sampling, stops = options
+    keys_B = row_keys(sampling or Sampling(), len(prompts))
     columns = tokens_BT.shape[1]
-    specs = slot_specs(config, spec, _bucket(columns + 1))
+    total = min(columns + left, _ENDLESS)
+    specs = slot_specs(config, spec, _bucket(columns + 1), total)
     loop, chosen, used_B = _prefill(params, config, specs, passes, sampling, tokens_BT, padding_B, keys_B, stops)
     weights = _weights(params, config)
-    pieces, left = [jax.tree.map(lambda x: x[None], chosen)], max_new_tokens - 1
+    yield _Piece(_on_host(jax.tree.map(lambda x: x[None], chosen)), np.asarray(used_B))
+    left -= 1
     while left and bool(loop.live_B.any()):
         size = _bucket(columns + 1)
         if size != _bucket(columns):
-            specs = slot_specs(config, spec, size)
+            specs = slot_specs(config, spec, size, total)
             loop = loop._replace(cache=_grow(specs, loop.cache))
-        steps = min(left, _SEGMENT, size - columns)
-        loop, piece = _decode(weights, config, specs, sampling, steps, loop, keys_B, stops)
-        pieces.append(piece)
+        steps = min(left, segment, size - columns)
+        loop, chosen = _decode(weights, config, specs, sampling, steps, loop, keys_B, stops)
+        yield _Piece(_on_host(chosen), np.asarray(used_B))
         columns, left = columns + steps, left - steps
-    new = jax.tree.map(lambda *xs: np.concatenate(xs, axis=0), *jax.device_get(pieces))
-    if not np.isfinite(new.logprob[new.live]).all():
+
+
+def _on_host(chosen: _Chosen) -> _Chosen:
+    """Raises UserError if the model gave numbers that are none."""
+    chosen = jax.device_get(chosen)
+    if not np.isfinite(chosen.logprob[chosen.live]).all():
         raise UserError("the model's logits are not finite; was it trained to its end? Check it with `evaluate`")
-    rows = zip(new.token.T, new.logprob.T, new.live.T, np.asarray(used_B))
-    return [Generated(token[live].tolist(), logprob[live].tolist(), int(used)) for token, logprob, live, used in rows]
+    return chosen
 
 
 class _Chosen(NamedTuple):
@@ -156,7 +216,7 @@ def _weights(params: Params, config: ModelConfig) -> Weights:
     return decode_weights(params, config)
 
 
-@partial(jax.jit, static_argnames=("specs",), donate_argnames="cache")
+@partial(jax.jit, static_argnames="specs")
 def _grow(specs: tuple[SlotSpec, ...], cache: Cache) -> Cache:
     return cache._replace(slots={spec.owner: grown(spec, cache.slots[spec.owner]) for spec in specs})
 

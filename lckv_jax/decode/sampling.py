@@ -26,9 +26,9 @@ class Sampling(Frozen):
     seed: int = Field(default=0, ge=0, lt=2**32, description="row i of a batch draws with seed + i")
 
 
-def row_keys(sampling: Sampling, first: int, rows: int) -> jax.Array:
-    """A random key for each of `rows` rows, of which the first has the number `first`; they do not depend on others."""
-    seeds = jnp.uint32(sampling.seed) + first + jnp.arange(rows, dtype=jnp.uint32)
+def row_keys(sampling: Sampling, rows: int) -> jax.Array:
+    """A random key for each of `rows` rows."""
+    seeds = jnp.uint32(sampling.seed) + jnp.arange(rows, dtype=jnp.uint32)
     return jax.vmap(jax.random.key)(seeds)
 
 

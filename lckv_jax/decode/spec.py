@@ -86,17 +86,18 @@ class SlotSpec(NamedTuple):
     codec: str
 
 
-def slot_specs(config: ModelConfig, spec: CacheSpec, columns: int) -> tuple[SlotSpec, ...]:
+def slot_specs(config: ModelConfig, spec: CacheSpec, columns: int, total: int | None = None) -> tuple[SlotSpec, ...]:
     """What each slot of the model keeps of `columns` columns of tokens, prompt and new ones together.
 
+    total: the columns that there will ever be, by which it is decided whether a slot is a ring; None = `columns`.
     A slot that only sliding windows read keeps the model's own window whatever the policy, since that is the model's
     mathematics; the policy is for the others, the codec for all.
     """
-    specs = []
+    specs, total = [], columns if total is None else total
     for owner, windowed in zip(config.sharing.owners, config.sharing.slot_windowed):
         window = config.window if windowed else spec.window if spec.policy != "full" else None
         sinks = 0 if windowed else spec.sinks
-        if window is None or window >= columns:
+        if window is None or window >= total:
             specs.append(SlotSpec(owner, columns, False, 0, None, spec.codec))
         else:
             specs.append(SlotSpec(owner, window, True, sinks, window, spec.codec))

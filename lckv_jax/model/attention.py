@@ -117,9 +117,9 @@ def _attend_xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BT
 
 
 class First(NamedTuple):
-    """Queries [B, T, N, H] that stand in for the others at the first `count` cells."""
+    """Queries [B, T, N, H] that stand in for the others at the first `cells` cells."""
 
-    count: int
+    cells: int
     q_BTNH: jax.Array
 
 
@@ -147,8 +147,8 @@ def attend_cells(
 
     logits = products(q_BTNH, k_BKSH)
     if first is not None:
-        count = first.count
-        logits = jnp.concatenate([products(first.q_BTNH, k_BKSH[:, :, :count]), logits[..., count:]], axis=-1)
+        theirs = products(first.q_BTNH, k_BKSH[:, :, : first.cells])
+        logits = jnp.concatenate([theirs, logits[..., first.cells :]], axis=-1)
     if k_scale_BKS is not None:
         logits *= k_scale_BKS[:, :, None, None, :].astype(wide)
     mask = mask_BKTS[:, :, None]

@@ -1,0 +1,167 @@
+"""`generate`: golden tokens, rows that do not know each other, sampling, ends, mistakes; and its compiled program."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lckv_jax.convert.hub import load_hub
+from lckv_jax.decode import generate as module
+from lckv_jax.decode.generate import generate, generate_rows, stream
+from lckv_jax.decode.sampling import Sampling
+from lckv_jax.decode.spec import CacheSpec, slot_specs
+from lckv_jax.errors import UserError
+from lckv_jax.evaluate.perplexity import score
+
+CASES = [
+    "p01_llama_mha", "p02_cla2_gqa", "p03_lckv_w2", "p04_lckv_w0_mqa", "p05_sandwich_middle", "p06_pizza_top_b1",
+    "p07_lasagna_top_tied", "p08_yoco_window", "p09_mixattention", "p10_pizza_bottom_tied",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lckv(golden):
+    return load_hub(golden / "p03_lckv_w2")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_tokens(golden, case):
+    params, config = load_hub(golden / case)
+    want = load_file(golden / case / "golden.safetensors")
+    prompts = want["gen.prompt_ids"].tolist()
+    assert generate(params, config, prompts, 16) == want["gen.tokens"].tolist()
+    if "gen.tokens_prefill" in want:
+        assert generate(params, config, prompts, 16, passes="trained") == want["gen.tokens_prefill"].tolist()
+
+
+def test_log_probabilities_are_those_of_scoring(lckv):
+    params, config = lckv
+    (row,) = generate_rows(params, config, [[3, 1, 4, 1, 5]], 12)
+    (want,) = score(params, config, [[3, 1, 4, 1, 5, *row.tokens]])
+    np.testing.assert_allclose(row.logprobs, want[4:], rtol=0, atol=1e-5)
+    assert row.passes == 5  # the prompt's tokens
+
+
+@pytest.mark.parametrize(
+    ("cache", "sampling"),
+    [
+        ("full", None),
+        ("full", Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2, seed=3)),
+        ("sinks(2,6)+int8", None),
+    ],
+    ids=["greedy", "drawn", "sinks"],
+)
+def test_rows_of_a_batch_are_rows_alone(lckv, cache, sampling):
+    params, config = lckv
+    prompts = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(20))]
+    together = generate_rows(params, config, prompts, 10, cache=cache, sampling=sampling)
+    for number, prompt in enumerate(prompts):
+        own = None if sampling is None else sampling.model_copy(update={"seed": 3 + number})
+        (alone,) = generate_rows(params, config, [prompt], 10, cache=cache, sampling=own)
+        assert alone.tokens == together[number].tokens
+        np.testing.assert_allclose(alone.logprobs, together[number].logprobs, rtol=0, atol=1e-5)
+        assert alone.passes == together[number].passes
+
+
+def test_a_row_that_has_ended_leaves_the_others_as_they_are(lckv):
+    params, config = lckv
+    prompts = [[3, 1, 4], [2, 7, 1]]
+    free = generate(params, config, prompts, 12)
+    stop = free[0][4]
+    assert stop not in free[1]
+    ended = generate(params, config, prompts, 12, stop=[stop])
+    assert ended == [free[0][: free[0].index(stop) + 1], free[1]]
+    assert generate(params, config, prompts[:1], 1000, stop=[stop]) == ended[:1]  # and the rest is not computed
+
+
+def test_growing_in_buckets_changes_nothing(lckv, monkeypatch):
+    params, config = lckv
+    want = generate_rows(params, config, [[3, 1, 4], [2, 7, 1, 8]], 40)
+    monkeypatch.setattr(module, "_BUCKET", 16)
+    monkeypatch.setattr(module, "_SEGMENT", 7)
+    for row, same in zip(want, generate_rows(params, config, [[3, 1, 4], [2, 7, 1, 8]], 40)):
+        assert row.tokens == same.tokens
+        np.testing.assert_allclose(row.logprobs, same.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_stream_is_the_same_text(lckv):
+    params, config = lckv
+    want = generate(params, config, [[3, 1, 4]], 21)[0]
+    pieces = list(stream(params, config, [3, 1, 4], 21, every=4))
+    assert list(itertools.chain(*pieces)) == want and max(map(len, pieces)) == 4
+
+
+def test_an_endless_stream_needs_a_cache_that_does_not_grow(lckv):
+    params, config = lckv
+    with pytest.raises(UserError, match=r"grows without end.*sinks\(4,1020\)"):
+        next(stream(params, config, [3], None))
+    tokens = itertools.chain.from_iterable(stream(params, config, [3], None, cache="sinks(2,6)", every=64))
+    assert len(list(itertools.islice(tokens, 600))) == 600  # past several buckets
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], [2, 10**6]], {}, "prompt 1 has token 1000000 at place 1"),
+        ([[1.5]], {}, "integers"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"cache": "fool"}, "did you mean full"),
+        ([[1]], {"passes": "exakt"}, "did you mean 'exact'"),
+    ],
+)
+def test_mistakes_are_one_sentence(lckv, prompts, options, words):
+    params, config = lckv
+    with pytest.raises(UserError, match=words):
+        generate(params, config, prompts, **{"max_new_tokens": 4, **options})
+
+
+def test_logits_that_are_no_numbers_are_told(lckv):
+    params, config = lckv
+    broken = {**params, "final_norm": np.full_like(params["final_norm"], np.nan)}
+    with pytest.raises(UserError, match="not finite"):
+        generate(broken, config, [[1, 2]], 4)
+
+
+@pytest.mark.parametrize("case", ["p01_llama_mha", "p03_lckv_w2"])
+def test_the_compiled_loop_copies_no_slot(golden, case):
+    """Cache aliased, no copy as large as one slot, temporaries small: steps write one cell in place."""
+    params, config = load_hub(golden / case)
+    columns, B = 4096, 8
+    specs = slot_specs(config, CacheSpec.parse("full"), columns)
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
+    tokens, rows = jax.ShapeDtypeStruct((B, 16), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    keys, stops = jax.eval_shape(lambda: module.row_keys(Sampling(), B)), jax.ShapeDtypeStruct((0,), jnp.int32)
+    loop, _, _ = jax.eval_shape(
+        lambda p, t, r, k, s: module._prefill(p, config, specs, "trained", None, t, r, k, s),
+        shapes, tokens, rows, keys, stops,
+    )  # fmt: skip
+    weights = jax.eval_shape(lambda p: module._weights(p, config), shapes)
+    compiled = module._decode.lower(weights, config, specs, None, 8, loop, keys, stops).compile()
+    cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(loop.cache))
+    slot = B * config.num_kv_heads * columns * config.head_dim
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 0.99 * cache
+    assert memory.temp_size_in_bytes < 0.25 * cache
+    copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    assert all(np.prod([int(n) for n in shape.split(",")]) < slot for shape in copies), copies
+
+
+def test_one_program_for_each_bucket(lckv, monkeypatch):
+    params, config = lckv
+    module._decode.clear_cache()
+    for seed in range(3):  # prompts of other lengths, one shape
+        generate(params, config, [list(range(3 + seed)), [seed]], 9)
+    assert module._decode._cache_size() == 1
+
+
+def test_stories_in_their_own_words(stories_hub, reference):
+    """A really trained model: its greedy text from BOS, through the cache."""
+    params, config = load_hub(stories_hub)
+    want = reference["greedy_from_bos"]
+    assert len(want) > 100
+    assert generate(params, config, [want[:1]], len(want) - 1) == [want[1:]]

@@ -1,0 +1,98 @@
+"""The command `generate`: what it prints and writes, and its mistakes."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from lckv_jax import checkpoint
+from lckv_jax.__main__ import main
+from lckv_jax.decode import generate as module
+from lckv_jax.decode.generate import generate
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained / "run"
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    monkeypatch.setattr(module, "_BUCKET", 64)
+
+
+def expected(run, prompt, new, **options):
+    params, config, tokenizer = checkpoint.load(run)
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    (tokens,) = generate(params, config.model, [ids], new, stop=[tokenizer.eos_id], **options)
+    return tokenizer.decode([*ids, *tokens]), tokens
+
+
+@pytest.mark.parametrize("prompt", ["import os", "x = [1,", ""])
+def test_a_prompt(run, capsys, prompt):
+    assert main(["generate", str(run), f'prompt="{prompt}"', "max_new_tokens=21"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == expected(run, prompt, 21)[0].rstrip("\n")
+
+
+def test_what_is_typed(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("import os\nclass A\n"))
+    assert main(["generate", str(run), "max_new_tokens=3", "cache=sinks(2,16)+int8"]) == 0
+    want = [expected(run, prompt, 3, cache="sinks(2,16)+int8")[0] for prompt in ("import os", "class A")]
+    assert capsys.readouterr().out.split() == " ".join(want).split()
+
+
+def test_a_file_of_prompts(run, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n\n{"prompt": "def"}\n{"prompt": "for x in"}\n')
+    command = ["generate", str(run), f"file={tmp_path / 'in.jsonl'}", "max_new_tokens=5", "batch_size=2"]
+    assert main([*command, f"out={tmp_path / 'new' / 'out.jsonl'}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["import os", "def", "for x in"]
+    for row in rows:
+        assert row["tokens"] == expected(run, row["prompt"], 5)[1]
+        assert len(row["logprobs"]) == len(row["tokens"]) and max(row["logprobs"]) < 0
+    capsys.readouterr()
+    (tmp_path / "in.txt").write_text("import os\ndef\nfor x in\n")
+    assert main(["generate", str(run), f"file={tmp_path / 'in.txt'}", "max_new_tokens=5"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+
+def test_rows_draw_the_same_whatever_the_batch(run, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("import os\ndef\nfor x in\n")
+    texts = []
+    for size in (1, 3):
+        drawn = ["sampling.temperature=1.5", "sampling.seed=4", f"batch_size={size}", "max_new_tokens=6"]
+        assert main(["generate", str(run), f"file={tmp_path / 'in.txt'}", *drawn]) == 0
+        texts.append([json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["prompt=a", "file=b"], "leave one out"),
+        (["prompt=a", "out=b"], "out is for the prompts of a file"),
+        (["prompt=a", "cache=fool"], "did you mean full"),
+        (["prompt=a", "passes=exakt"], "did you mean 'exact'"),
+        (["prompt=a", "max_new_tokens=0"], "max_new_tokens"),
+        (["prompt=a", "max_new_tokens=null"], "grows without end"),
+        (["prompt=a", "temperature=1"], "temperature"),
+        (["prompt=a", "sampling.temperature=-1"], "sampling.temperature"),
+        (["file=absent.jsonl"], "absent.jsonl: cannot be read"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, capsys, monkeypatch, tmp_path, settings, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", str(run), *settings]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "line 1: is not JSON"), ('{"text": "a"}', "it has text"), ("[1]", "it is [1]"), ("\n", "holds no prompt")],
+)
+def test_files_that_hold_no_prompts(run, capsys, tmp_path, text, words):
+    (tmp_path / "in.jsonl").write_text(text)
+    assert main(["generate", str(run), f"file={tmp_path / 'in.jsonl'}"]) == 2
+    assert words in capsys.readouterr().err
