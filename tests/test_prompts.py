@@ -29,9 +29,9 @@ def expected(run, prompt, new, **options):
     return tokenizer.decode([*ids, *tokens]), tokens
 
 
-@pytest.mark.parametrize("prompt", ["import os", "x = [1,", ""])
+@pytest.mark.parametrize("prompt", ["import os", "class A:", "x = [1,", "7", ""])
 def test_a_prompt(run, capsys, prompt):
-    assert main(["generate", str(run), f'prompt="{prompt}"', "max_new_tokens=21"]) == 0
+    assert main(["generate", str(run), f"prompt={prompt}", "max_new_tokens=21"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == expected(run, prompt, 21)[0].rstrip("\n")
 
 

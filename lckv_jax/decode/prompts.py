@@ -56,7 +56,7 @@ def generate_text(checkpoint: str | Path, overrides: Sequence[str]) -> None:
     Text comes as it is made; a document's end ends it. From a file all prompts are continued, and jsonl goes to `out`
     or is printed. Raises UserError for what the user can mend.
     """
-    config = read_overrides(GenerateConfig, overrides, "generate")
+    config = read_overrides(GenerateConfig, [_verbatim(override) for override in overrides], "generate")
     if config.prompt is not None and config.file is not None:
         raise UserError("generate: prompt and file are both given; leave one out")
     if config.out is not None and config.file is None:
@@ -70,6 +70,12 @@ def generate_text(checkpoint: str | Path, overrides: Sequence[str]) -> None:
         return
     for prompt in [config.prompt] if config.prompt is not None else _typed():
         _continue_one(params, run.model, tokenizer, prompt, config)
+
+
+def _verbatim(override: str) -> str:
+    """A prompt is text as it stands, not YAML: `prompt=class A:` is no mapping."""
+    name, equals, value = override.partition("=")
+    return f"prompt={json.dumps(value)}" if name == "prompt" and equals else override
 
 
 def _typed() -> Iterator[str]:
