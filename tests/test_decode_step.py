@@ -34,7 +34,9 @@ CACHES = {"full": {}, "window(5)": {"window": 5}, "sinks(2,5)": {"window": 5, "s
 @pytest.fixture(autouse=True)
 def x64():
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_enable_x64", False)
 
 
@@ -137,7 +139,7 @@ def test_padding_in_front_changes_nothing():
     rows = [rng.integers(0, 40, n) for n in (TOKENS, TOKENS - 3, TOKENS - 7)]
     padding = [0, 3, 7]
     tokens = np.stack([np.concatenate([np.full(p, 9), row]) for p, row in zip(padding, rows)])
-    for cache in ("full", "window(5)", "sinks(2,5)"):
+    for cache in ("full", "sinks(2,5)"):
         got, state, _ = decode_logits(params, config, tokens, cache, prompt=8, padding=padding)
         for number, (row, pad) in enumerate(zip(rows, padding)):
             alone, _, _ = decode_logits(params, config, row[None], cache, prompt=8 - pad)
