@@ -270,6 +270,8 @@ def test_a_trained_run_says_what_it_is(trained, tmp_path):
         f"perplexity {np.exp(loss):,.2f} (loss {loss:.4f} nats a token) at step 6",
         "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
         "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+        "tokenizer.pad_token = tokenizer.eos_token",
+        'from_pretrained(..., passes="exact")',
     ):
         assert fact in body, fact
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -289,10 +291,67 @@ def test_the_card_of_a_checkpoint_between_validations(trained, tmp_path):
     assert f"(loss {loss:.4f} nats a token) at step 3" in text
     assert "| steps | 4 of 6 |" in text
     run, *_ = make_run(tmp_path / "run", sharing="standard")
-    quiet(run, tmp_path / "untrained")
-    text = (tmp_path / "untrained" / "README.md").read_text()
+    quiet(run, tmp_path / "unvalidated")
+    text = (tmp_path / "unvalidated" / "README.md").read_text()
     assert "| validation | never validated |" in text
     assert "from_pretrained(folder)\n```" in text and "AutoTokenizer" not in text and "passes over" not in text
+
+
+def card_of(folder, *, step=9, init_from=None, out="out", **model):
+    config = run_config(folder, **WIDTHS | model).model_copy(update={"init_from": init_from})
+    run = save_run(folder, config, random_params(config), step=step)
+    quiet(run, folder.parent / out)
+    return (folder.parent / out / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_tells_no_training_that_was_not(tmp_path):
+    """The config of an import proposes a training; its checkpoint, of step 0, has had none."""
+    text = card_of(tmp_path / "imported", step=0, init_from=str(tmp_path / "imported"), out="a")
+    assert "were imported from another model" in text and "not trained further" in text
+    untrained = card_of(tmp_path / "new", step=0, out="b")
+    assert "its weights are random" in untrained
+    for card in (text, untrained):
+        for word in (
+            "retrained with",
+            "## Training",
+            "optimiser",
+            "learning rate",
+            "batch |",
+            "tokens seen",
+            "builtin",
+        ):
+            assert word not in card, word
+    trained = card_of(tmp_path / "trained", init_from=str(tmp_path / "secret" / "llama" / "checkpoints" / "7"), out="c")
+    assert "Pretrained with lckv_jax." in trained
+    assert "| started from | `llama` |" in trained and "secret" not in trained
+
+
+def test_the_card_counts_grammatically(tmp_path):
+    text = card_of(tmp_path / "run", sharing="3_3_3_3")
+    assert "share keys and values: one of them computes K,V" in text
+    assert "2 of them compute K,V" in card_of(tmp_path / "run2", sharing="0_3_3_3", out="out2")
+
+
+@pytest.mark.parametrize("name", ["\U0001f999 llama", "it's", 'a"b\\c', os.fsdecode(b"latin-\xe9"), "two\nlines"])
+def test_the_code_on_the_card_holds_any_name_of_the_folder(tmp_path, name):
+    card_of(tmp_path / "run", out=name)
+    text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (line,) = (line for line in code.splitlines() if line.startswith("folder = "))
+    held = {}
+    exec(line, held)
+    assert held["folder"] == name
+
+
+def test_odd_lines_of_metrics_are_left_out(tmp_path):
+    config = run_config(tmp_path / "run", **WIDTHS)
+    run = save_run(tmp_path / "run", config, random_params(config))
+    good = [b'{"step": 3, "valid_loss": 2.5}', b'{"step": 7, "valid_loss": 1.5}', b'{"step": 10, "valid_loss": 1.0}']
+    odd = [b"null", b'{"valid_loss": 9.0}', b'{"step": 8, "valid_loss": "low"}', b'{"step": "8", "valid_loss": 9.0}',
+           b"\xff\xfe", b"[" * 9999, b'{"step": 8, "valid_loss": NaN}', b"[8]", b"", b'{"step": 9, "va']  # fmt: skip
+    (run / "metrics.jsonl").write_bytes(b"\n".join([good[0], *odd, *good[1:], *odd]))
+    quiet(run, tmp_path / "out")
+    assert "(loss 1.5000 nats a token) at step 7" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_card_of_the_official_format_says_what_goes_wrong_there(tmp_path):

@@ -27,15 +27,18 @@ _NEEDS: dict[Format, str] = {
 _WRONG_THERE = """Take its logits of a text only: its `generate` of a map with cyclic spans, as this one, gives wrong \
 tokens, with a cache as without. An export in the default format generates them rightly."""
 
+_EXACT = """The prompt is solved by as many passes as in training. `from_pretrained(..., passes="exact")` makes as many as \
+its tokens need to stand still, and a number such as `passes=1e-2` stops at that change of K,V."""
+
 
 def model_card(stored: Stored, *, title: str, format: Format, dtype: str, context: int) -> str:
     """Markdown with a YAML head. title: of the card. dtype: of the tensors. context: tokens the model was made for."""
-    config = stored.config
+    config, trained = stored.config, stored.meta["step"] > 0
     return "\n".join([
         *_head(format),
-        f"# {title}",
+        f"# {_printable(title)}",
         "",
-        *_about(config.model),
+        *_about(config, trained=trained),
         "",
         "## Load it",
         "",
@@ -53,11 +56,13 @@ def model_card(stored: Stored, *, title: str, format: Format, dtype: str, contex
         "",
         _LEGEND,
         "",
-        "## Training",
-        "",
-        *_table(_training(stored)),
-        "",
+        *(["## Training", "", *_table(_training(stored)), ""] if trained else []),
     ])  # fmt: skip
+
+
+def _printable(title: str) -> str:
+    """One line of UTF-8, whatever a folder is called."""
+    return " ".join(title.encode(errors="replace").decode().split())
 
 
 def _head(format: Format) -> list[str]:
@@ -73,15 +78,30 @@ def _head(format: Format) -> list[str]:
     ]
 
 
-def _about(model: ModelConfig) -> Iterator[str]:
-    owners, layers = len(model.sharing.owners), model.num_layers
-    if owners == layers and not model.sharing.cyclic:
-        yield f"A Llama-style language model of {layers} layers, pretrained with lckv_jax."
-        return
-    yield (
-        f"A Llama-style language model whose {layers} layers share keys and values: {owners} of them compute K,V, "
-        "which the others read. Pretrained with lckv_jax."
-    )
+def _about(config: RunConfig, *, trained: bool) -> Iterator[str]:
+    """trained: False for step 0, as an import is, whose config proposes a training that has not been."""
+    owners, layers = len(config.model.sharing.owners), config.model.num_layers
+    if owners == layers and not config.model.sharing.cyclic:
+        what = f"A Llama-style language model of {_counted(layers, 'layer')}."
+    else:
+        computes = "one of them computes" if owners == 1 else f"{owners} of them compute"
+        what = (
+            f"A Llama-style language model whose {layers} layers share keys and values: {computes} K,V, "
+            "which the others read."
+        )
+    if trained:
+        yield f"{what} Pretrained with lckv_jax."
+    elif config.init_from is None:
+        yield f"{what} It is not trained: its weights are random."
+    else:
+        yield (
+            f"{what} Its weights were imported from another model with lckv_jax (and converted, if that one had another "
+            "sharing map or more K/V heads) and not trained further."
+        )
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
 
 
 def _loading(format: Format, title: str, model: ModelConfig, *, has_tokenizer: bool) -> Iterator[str]:
@@ -93,7 +113,7 @@ def _loading(format: Format, title: str, model: ModelConfig, *, has_tokenizer: b
         yield "import models  # of the official code: registers lckv-llama"
     yield "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else "")
     yield ""
-    yield f"folder = {json.dumps(title)}  # where this folder lies"
+    yield f"folder = {title!r}  # where this folder lies"
     trusted = ", trust_remote_code=True" if format == "lckv" else ""
     yield f"model = AutoModelForCausalLM.from_pretrained(folder{trusted})"
     if has_tokenizer:
@@ -102,7 +122,13 @@ def _loading(format: Format, title: str, model: ModelConfig, *, has_tokenizer: b
     if has_tokenizer and generates:
         yield "tokens = model.generate(**inputs, max_new_tokens=64)"
         yield "print(tokenizer.decode(tokens[0], skip_special_tokens=True))"
+    if has_tokenizer:
+        yield ""
+        yield "# for batches of several texts, unless there is a pad token: tokenizer.pad_token = tokenizer.eos_token"
     yield "```"
+    if format == "lckv" and model.sharing.cyclic:
+        yield ""
+        yield _EXACT
 
 
 def _table(rows: Mapping[str, str]) -> list[str]:
@@ -134,12 +160,12 @@ def _sizes(stored: Stored, dtype: str, context: int) -> dict[str, str]:
 
 def _training(stored: Stored) -> dict[str, str]:
     config, step = stored.config, stored.meta["step"]
-    batch = f"{config.data.batch_size:,} rows of {config.data.seq_len:,} tokens"
+    batch = f"{_counted(config.data.batch_size, 'row')} of {_counted(config.data.seq_len, 'token')}"
     tokens = stored.meta.get("tokens_seen")
     tokens = step * config.data.batch_size * config.data.seq_len if tokens is None else tokens
     rows = {"steps": f"{step:,} of {config.train.steps:,}", "tokens seen": f"{tokens:,}"}
     if config.init_from is not None:
-        rows["started from"] = f"`{config.init_from}`"
+        rows["started from"] = f"`{_last_part(config.init_from)}`"
     rows |= {
         "data": ", ".join(map(_source, config.data.sources)),
         "batch": batch,
@@ -152,6 +178,12 @@ def _training(stored: Stored) -> dict[str, str]:
         rows["parameters are"] = f"an exponential moving average, decay {config.train.ema_decay:g}"
     rows["validation"] = _validation(stored)
     return rows
+
+
+def _last_part(path: str) -> str:
+    """The name of a run: a card is published, so it tells no folder of this machine."""
+    parts = [part for part in Path(path).parts if not part.isdecimal() and part != "checkpoints"]
+    return parts[-1] if parts else path
 
 
 def _source(source: SourceConfig) -> str:
@@ -168,7 +200,7 @@ def _optimizer(config: RunConfig) -> str:
 
 def _learning_rate(config: RunConfig) -> str:
     made = config.optimizer
-    return f"{made.learning_rate:g}, {made.schedule} schedule after {made.warmup_steps:,} steps of warm-up"
+    return f"{made.learning_rate:g}, {made.schedule} schedule after {_counted(made.warmup_steps, 'step')} of warm-up"
 
 
 def _passes(config: RunConfig) -> str:
@@ -192,14 +224,19 @@ def _validation(stored: Stored) -> str:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl with a validation loss; a last line torn by a kill is left out."""
-    if not path.exists():
+    """The records of a metrics.jsonl with a step and a validation loss; a line that is none, as one torn by a kill, is
+    left out."""
+    if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                return
-            if record.get("valid_loss") is not None:
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and type(record.get("step")) is int and _is_number(record.get("valid_loss")):
                 yield record
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN either
