@@ -49,6 +49,7 @@ for case in sorted(path.parent for path in folder.glob("*/tokenizer.json")):
             "ends": [found.bos_token_id, found.eos_token_id],
             "sizes": [len(found), found.model_max_length],
             "template": found.chat_template,
+            "side": found.padding_side,
         }
 (folder / "answers.json").write_text(json.dumps(answers))
 """
@@ -119,6 +120,7 @@ def test_ids_are_those_of_the_run(case: str, time: str, answers: tuple[Path, dic
     assert found["sizes"] == [tokenizer.vocab_size, 99]
     assert found["keys"] == ["attention_mask", "input_ids"]
     assert found["template"] is None
+    assert found["side"] == "left"
 
 
 def test_texts_come_back(case: str, answers: tuple[Path, dict[str, Any]], texts: list[str]) -> None:
@@ -134,7 +136,7 @@ def test_texts_come_back(case: str, answers: tuple[Path, dict[str, Any]], texts:
 
 def test_what_transformers_saves_is_imported_again(case: str, answers: tuple[Path, dict[str, Any]]) -> None:
     folder = answers[0]
-    run, back = find_tokenizer(folder / "runs" / case), import_tokenizer_files(folder / "again" / case)
+    run, back = find_tokenizer(folder / "runs" / case), import_tokenizer_files(folder / "again" / case, 10**6)
     saved = find_tokenizer(put(folder / "back" / case, back))
     assert run is not None
     assert saved is not None

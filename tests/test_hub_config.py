@@ -133,3 +133,41 @@ def test_our_format_needs_its_map(tmp_path):
     del tree["sharing"]
     with pytest.raises(UserError, match="a lckv model without `sharing`"):
         read_back(tmp_path, tree)
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 61, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "head_dim": 6}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+        ({"model_type": {"a": 1}}, r"model_type is {'a': 1}"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"the type of rope_scaling is \['linear'\]"),
+        ({"rope_scaling": {"type": {}}}, "the type of rope_scaling is {}"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 10,000"),
+        ({"rope_scaling": 3}, "rope_scaling is 3; it must be a mapping"),
+    ],
+)
+def test_odd_values_are_one_sentence(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_back(tmp_path, LLAMA | changes)
+
+
+def test_a_file_nested_too_deeply_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_config(tmp_path / "config.json")
+
+
+def test_both_words_for_rope_must_say_the_same(tmp_path):
+    linear = {"rope_type": "linear", "factor": 2.0}
+    same = LLAMA | {"rope_parameters": linear | {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 2}}
+    config = read_back(tmp_path, same)
+    assert (config.rope_theta, config.rope_scaling.factor) == (5e5, 2.0)
+    assert read_back(tmp_path, same | {"rope_theta": 5e5}) == config
+    assert read_back(tmp_path, same | {"rope_scaling": None}) == config
+    for stale in ({"rope_scaling": linear | {"factor": 4.0}}, {"rope_scaling": {}}, {"rope_theta": 1e4}):
+        with pytest.raises(UserError, match="rope_parameters and rope_scaling say different things"):
+            read_back(tmp_path, same | stale)

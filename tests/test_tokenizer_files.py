@@ -377,11 +377,22 @@ def test_settings_say_how_text_is_read(tmp_path: Path) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
+        "padding_side": "left",
         "model_max_length": 64,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
+
+
+@pytest.mark.parametrize("pad", ["[PAD]", ["<pad>"], 7, {"content": 3}, {"content": None}, None, {}])
+def test_a_pad_token_that_is_none_is_left_out(pad: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    contents = busy()
+    contents["tokenizer_config.json"] = json.dumps({"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad}).encode()
+    files = hub_tokenizer_files(put(tmp_path, contents), context=64)
+    assert "pad_token" not in json.loads(files["tokenizer_config.json"])
+    told = "note: tokenizer_config.json: its pad_token"
+    assert (told in capsys.readouterr().err) == (pad not in (None, {}, {"content": None}))
 
 
 def test_a_run_without_tokenizer_has_no_files(tmp_path: Path) -> None:
@@ -401,7 +412,7 @@ def test_a_tokenizer_json_that_makes_its_special_tokens_of_text_is_refused(tmp_p
 
 
 def test_a_tokenizer_comes_back_as_it_was(kind: Path, tmp_path: Path) -> None:
-    back = put(tmp_path, import_tokenizer_files(kind / "hub"))
+    back = put(tmp_path, import_tokenizer_files(kind / "hub", 10**6))
     original, same = find_tokenizer(kind / "run"), find_tokenizer(back)
     assert original is not None
     assert same is not None
@@ -413,7 +424,7 @@ def test_a_tokenizer_comes_back_as_it_was(kind: Path, tmp_path: Path) -> None:
 
 def test_a_folder_without_tokenizer_has_none(tmp_path: Path) -> None:
     put(tmp_path, {"config.json": b"{}", "tokenizer_config.json": b"{}"})
-    assert import_tokenizer_files(tmp_path) == {}
+    assert import_tokenizer_files(tmp_path, 1000) == {}
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
@@ -423,7 +434,7 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
         del files["tokenizer.model"]
     files[name] = files[name][: len(files[name]) // 2]
     with pytest.raises(UserError, match=rf"{name} is (not a|JSON)"):
-        import_tokenizer_files(put(tmp_path / "hub", files))
+        import_tokenizer_files(put(tmp_path / "hub", files), 1000)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +442,59 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
 )
 def test_a_model_that_is_not_for_us_leaves_the_word_to_tokenizer_json(model: bytes, tmp_path: Path) -> None:
     hub = put(tmp_path, {**busy(), "tokenizer.model": model})
-    assert import_tokenizer_files(hub) == busy()
+    assert import_tokenizer_files(hub, 1000) == busy()
     (hub / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.model (is not|has no token)"):
-        import_tokenizer_files(hub)
+        import_tokenizer_files(hub, 1000)
+
+
+def with_tokens(tree: dict, *names: str) -> bytes:
+    """A tokenizer.json with further tokens added."""
+    tokenizer = Tokenizer.from_str(json.dumps(tree))
+    tokenizer.add_special_tokens([*names])
+    return tokenizer.to_str().encode()
+
+
+def test_a_tokenizer_json_that_says_more_goes_before_a_model(tmp_path: Path) -> None:
+    files = hub_tokenizer_files(put(tmp_path / "run", {"tokenizer.model": quick_start()}), context=64)
+    size = SentencePiece(quick_start()).vocab_size
+    assert list(import_tokenizer_files(put(tmp_path / "same", files), size + 9)) == ["tokenizer.model"]
+    more = files | {"tokenizer.json": with_tokens(json.loads(files["tokenizer.json"]), "<|im_end|>")}
+    kept = import_tokenizer_files(put(tmp_path / "more", more), size + 1)
+    assert kept == {name: more[name] for name in ("tokenizer.json", "tokenizer_config.json")}
+    assert list(import_tokenizer_files(tmp_path / "more", size)) == ["tokenizer.model"]  # no embedding for it
+    ends = files | {"tokenizer_config.json": b'{"bos_token": "<s>", "eos_token": "<unk>"}'}
+    back = put(tmp_path / "back", import_tokenizer_files(put(tmp_path / "ends", ends), size))
+    assert find_tokenizer(back).eos_id == 0
+    del ends["tokenizer_config.json"]
+    assert list(import_tokenizer_files(put(tmp_path / "unnamed", ends), size)) == ["tokenizer.model"]
+
+
+def test_llama2_with_an_added_token(test_data: Path, tmp_path: Path) -> None:
+    folder = test_data / "tokenizers" / "llama2"
+    if not folder.exists():
+        pytest.skip(f"no {folder}")
+    tree = json.loads((folder / "tokenizer.json").read_bytes())
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < 32000]
+    files = {"tokenizer.model": (folder / "tokenizer.model").read_bytes()}
+    plain = put(tmp_path / "plain", files | {"tokenizer.json": json.dumps(tree).encode()})
+    assert import_tokenizer_files(plain, 32000) == import_tokenizer_files(plain, 32064) == files
+    added = put(tmp_path / "added", files | {"tokenizer.json": with_tokens(tree, "<|im_start|>")})
+    assert import_tokenizer_files(added, 32000) == files
+    assert list(import_tokenizer_files(added, 32064)) == ["tokenizer.json"]
+
+
+def test_a_tokenizer_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = put(tmp_path, busy())
+    (folder / "tokenizer.model").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read: No such file"):
+        import_tokenizer_files(folder, 1000)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.model").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer\.model is a folder"):
+        import_tokenizer_files(folder, 1000)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").rmdir()
+    (folder / "tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read: No such file"):
+        import_tokenizer_files(folder, 1000)

@@ -266,7 +266,12 @@ def test_an_id_given_twice_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [("{", r"has a tokenizer_config\.json that is none"), ('{"eos_token": "<e>"}', r"has no token '<e>', which its")],
+    [
+        ("{", r"has a tokenizer_config\.json that is none"),
+        ('{"eos_token": "<e>"}', r"has no token '<e>', which its"),
+        ('{"eos_token": ["a"]}', r"has no token \['a'\], which its"),
+        ('{"eos_token": {"content": ["a"]}}', r"has no token \['a'\]"),
+    ],
 )
 def test_unusable_settings_are_named(config: str, message: str, tmp_path: Path) -> None:
     byte_level("<s>", "</s>").save(str(tmp_path / "tokenizer.json"))

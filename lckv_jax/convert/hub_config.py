@@ -11,6 +11,7 @@ from lckv_jax.config import build_config
 from lckv_jax.errors import UserError
 from lckv_jax.model_config import ModelConfig
 
+_MOST_LAYERS = 10_000
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -114,8 +115,10 @@ def read_config(path: Path) -> ModelConfig:
     """The model configuration that an HF `config.json` means, with HF's defaults where it is silent."""
     raw = read_json(path)
     model_type = raw.get("model_type")
-    if model_type not in _CLASSES:
+    if not isinstance(model_type, str) or model_type not in _CLASSES:
         raise UserError(f"{path}: model_type is {model_type!r}; only {', '.join(_CLASSES)} can be read")
+    if _size(path, raw, "num_hidden_layers") > _MOST_LAYERS:  # which would take hours to find wrong
+        raise UserError(f"{path}: num_hidden_layers is {raw['num_hidden_layers']}; at most {_MOST_LAYERS:,} are read")
     if (act := raw.get("hidden_act", "silu")) != "silu":
         raise UserError(f"{path}: hidden_act is {act!r}; only silu is computed here")
     hidden_size, num_heads = (_size(path, raw, key) for key in ("hidden_size", "num_attention_heads"))
@@ -186,13 +189,23 @@ def _official(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Base and scaling of the rotary embedding: `rope_theta` and `rope_scaling`, or `rope_parameters` since HF 5."""
-    key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    scaling = raw.get(key)
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, dict):
-        raise UserError(f"{path}: {key} is {scaling!r}; it must be a mapping or null")
+    given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None}
+    for key, scaling in given.items():
+        if not isinstance(scaling, dict):
+            raise UserError(f"{path}: {key} is {scaling!r}; it must be a mapping or null")
+    theta = next((scaling["rope_theta"] for scaling in given.values() if "rope_theta" in scaling), 10000.0)
+    theta = raw.get("rope_theta", theta)
+    said = [_rope_of(path, key, scaling, theta) for key, scaling in (given or {"rope_scaling": {}}).items()]
+    if said[0] != said[-1]:
+        raise UserError(f"{path}: rope_parameters and rope_scaling say different things; remove the one that is stale")
+    return said[0]
+
+
+def _rope_of(path: Path, key: str, scaling: Mapping[str, Any], theta: Any) -> dict[str, Any]:
+    """What one of the two keys says. theta: the base where it does not name one."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if not isinstance(kind, str):
+        raise UserError(f"{path}: the type of {key} is {kind!r}; it must be a name such as llama3")
     values = {name: value for name, value in scaling.items() if name not in ("rope_type", "type", "rope_theta")}
     needed = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}.get(kind)
     if needed is None:
@@ -201,7 +214,10 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{path}: {key} of type {kind} takes {list_names(needed) or 'no values'}; mend {list_names(odd)}"
         )
-    return {"rope_theta": theta, "rope_scaling": {"type": kind, **values} if needed else None}
+    return {
+        "rope_theta": scaling.get("rope_theta", theta),
+        "rope_scaling": {"type": kind, **values} if needed else None,
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -209,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; give the folder of a downloaded model") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: is not a JSON object; download it again")

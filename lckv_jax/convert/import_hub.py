@@ -54,7 +54,7 @@ def import_hub(
     if not window_includes_self:
         model = _with_wider_window(model, source)
     converted = resharded_config(model, model.sharing if sharing is None else sharing, num_kv_heads)
-    files = import_tokenizer_files(source)
+    files = import_tokenizer_files(source, model.vocab_size)
     with new_folder(place) as partial:
         tokenizer = _write_tokenizer(files, partial, source, model.vocab_size, report)
         params, _ = load_hub(source, report=report)

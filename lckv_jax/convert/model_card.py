@@ -27,8 +27,8 @@ _NEEDS: dict[Format, str] = {
 _WRONG_THERE = """Take its logits of a text only: its `generate` of a map with cyclic spans, as this one, gives wrong \
 tokens, with a cache as without. An export in the default format generates them rightly."""
 
-_EXACT = """The prompt is solved by as many passes as in training. `from_pretrained(..., passes="exact")` makes as many as \
-its tokens need to stand still, and a number such as `passes=1e-2` stops at that change of K,V."""
+_EXACT = """The prompt is solved by as many passes as in training. `from_pretrained(..., passes="exact")` makes as \
+many as its tokens need to stand still, and a number such as `passes=1e-2` stops at that change of K,V."""
 
 
 def model_card(stored: Stored, *, title: str, format: Format, dtype: str, context: int) -> str:
@@ -95,8 +95,8 @@ def _about(config: RunConfig, *, trained: bool) -> Iterator[str]:
         yield f"{what} It is not trained: its weights are random."
     else:
         yield (
-            f"{what} Its weights were imported from another model with lckv_jax (and converted, if that one had another "
-            "sharing map or more K/V heads) and not trained further."
+            f"{what} Its weights were imported from another model with lckv_jax (and converted, if that one had "
+            "another sharing map or more K/V heads) and not trained further."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
@@ -53,7 +54,8 @@ def hub_tokenizer_files(folder: Path, *, context: int) -> dict[str, bytes]:
         "tokenizer_class": "PreTrainedTokenizerFast",  # what transformers 4 and 5 both call it
         "bos_token": ends[0],
         "eos_token": ends[1],
-        **_more_names(tree, files[1:]),
+        **_more_names(tree, files[1:], tokenizer.vocab_size),
+        "padding_side": "left",  # generate() goes on from the last token of each row
         "model_max_length": context,
         "model_input_names": [
             "input_ids",
@@ -110,14 +112,23 @@ def _begin_only(tree: dict[str, Any], name: str, id: int) -> None:
             token["normalized"] = False
 
 
-def _more_names(tree: Mapping[str, Any], configs: Sequence[Path]) -> dict[str, str]:
-    """The unknown and padding tokens, where the files name them."""
-    named = {"unk_token": tree["model"].get("unk_token")}
+def _unknown(tree: Mapping[str, Any]) -> str | None:
     if (id := tree["model"].get("unk_id")) is not None:
-        named["unk_token"] = tree["model"]["vocab"][id][0]
+        return tree["model"]["vocab"][id][0]
+    return tree["model"].get("unk_token")
+
+
+def _more_names(tree: Mapping[str, Any], configs: Sequence[Path], vocab_size: int) -> dict[str, str]:
+    """The unknown and padding tokens, where the files name them and the tokenizer has them."""
+    named = {"unk_token": _unknown(tree)}
     for path in configs:
         pad = json.loads(path.read_bytes()).get("pad_token")
-        named["pad_token"] = pad.get("content") if isinstance(pad, dict) else pad
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        id = _build(tree).token_to_id(pad) if isinstance(pad, str) else None
+        if id is not None and id < vocab_size:
+            named["pad_token"] = pad
+        elif pad is not None:
+            print(f"note: {path.name}: its pad_token {pad!r} is no token of the tokenizer; left out", file=sys.stderr)
     return {role: name for role, name in named.items() if name is not None}
 
 
@@ -172,7 +183,7 @@ def _check(path: Path, tokenizer: Tokenizer, tree: Mapping[str, Any], ends: Sequ
     other = _build(tree)
     other.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ends])
     other.encode_special_tokens = True
-    unknown = other.token_to_id(_more_names(tree, []).get("unk_token", ""))
+    unknown = other.token_to_id(_unknown(tree) or "")
     rounds = path.suffix == ".model" and tree["model"]["type"] == "Unigram"
     ids = [row.tolist() for row in tokenizer.encode_batch(texts)]
     for text, expected, encoding in zip(texts, ids, other.encode_batch_fast(texts)):
@@ -201,32 +212,38 @@ def _build(tree: Mapping[str, Any]) -> tokenizers.Tokenizer:
 # ---------------------------------------------------------------- in
 
 
-def import_tokenizer_files(folder: Path) -> dict[str, bytes]:
+def import_tokenizer_files(folder: Path, vocab_size: int) -> dict[str, bytes]:
     """The tokenizer of a Hugging Face folder as the files, by name, that a run's folder holds; {} if it has none.
 
-    A tokenizer.model that sentencepiece reads goes before a tokenizer.json; what `hub_tokenizer_files` made of a bytes
-    tokenizer becomes one again. Raises UserError naming a file that is damaged.
+    vocab_size: ids of the model. A tokenizer.model that sentencepiece reads goes before a tokenizer.json, unless that
+    one says more: it has further tokens, for which the model has embeddings, or its tokenizer_config.json names other
+    ends of a document. What `hub_tokenizer_files` made of a bytes tokenizer becomes one again. Raises UserError naming
+    a file that is damaged.
     """
     model, other = Path(folder) / _MODEL, Path(folder) / _JSON
-    if model.exists() and not _is_left_for(model, other):
+    has_model, has_other = (os.path.lexists(path) for path in (model, other))  # a link to nowhere is damage
+    if has_model and not (has_other and _is_left_for(model, other, vocab_size)):
         load_tokenizer(model)
         return tokenizer_contents(model)
-    if not other.exists():
+    if not has_other:
         return {}
     tokenizer = load_tokenizer(other)
     made = TokenizerJson(_dump(_bytes_tree()))
     return tokenizer_contents("bytes" if tokenizer.fingerprint == made.fingerprint else other)
 
 
-def _is_left_for(model: Path, other: Path) -> bool:
-    """Whether a tokenizer.model is none for us, but whole, and a tokenizer.json beside it says the same."""
-    if not other.exists():
-        return False
-    content = model.read_bytes()
+def _is_left_for(model: Path, other: Path, vocab_size: int) -> bool:
+    """Whether a whole tokenizer.model is none for us, or says less than the tokenizer.json beside it."""
+    content = tokenizer_contents(model)[_MODEL]
     if _TIKTOKEN.match(content):
         return True
     try:
-        SentencePiece(content)
+        less = SentencePiece(content)
     except ValueError as error:
         return "has no token" in str(error)  # for the ends of a document, which a tokenizer_config.json may name
-    return False
+    try:
+        more = load_tokenizer(other)
+    except UserError:
+        return False
+    other_ends = other.with_name(_CONFIG).exists() and (more.bos_id, more.eos_id) != (less.bos_id, less.eos_id)
+    return more.vocab_size <= vocab_size and (more.vocab_size > less.vocab_size or other_ends)

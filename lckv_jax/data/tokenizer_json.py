@@ -107,7 +107,7 @@ def _find_ends(ids: dict[str, int], added: set[str], config: dict[str, Any]) -> 
     for role, usual in (("bos_token", _BEGIN), ("eos_token", _END)):
         name = config.get(role)
         name = name.get("content") if isinstance(name, dict) else name
-        if name is not None and name not in ids:
+        if name is not None and (not isinstance(name, str) or name not in ids):
             raise ValueError(f"has no token {name!r}, which its tokenizer_config.json gives as {role}")
         named[role] = next((known for known in usual if known in added), None) if name is None else name
     if named["eos_token"] is None:
