@@ -397,9 +397,9 @@ def test_numbers_too_large_for_the_wanted_dtype_are_named(tmp_path):
     quiet(run, tmp_path / "out", dtype="bfloat16")
 
 
-@pytest.mark.parametrize("words", ["", "5 apples", "-1GB", "0", "0.2B", "GB"])
+@pytest.mark.parametrize("words", ["", "5 apples", "-1GB", "0", "0.2B", "GB", "999B", "9" * 400])
 def test_a_size_that_is_none(tmp_path, words):
-    with pytest.raises(UserError, match="not a size; write, for example, 5GB"):
+    with pytest.raises(UserError, match="not a size from 1KB on; write, for example, 5GB"):
         quiet(tmp_path / "run", tmp_path / "out", max_shard_size=words)
 
 
@@ -407,6 +407,11 @@ def test_folders_that_are_no_run_or_are_there_already(tmp_path):
     with pytest.raises(UserError, match="neither a run folder"):
         quiet(tmp_path / "absent", tmp_path / "out")
     run, *_ = make_run(tmp_path / "run")
+    for wrong, problem in (("", "is empty"), ("~nosuchuser/x", "no such user"), ("a\0b", "NUL character")):
+        with pytest.raises(UserError, match=f"OUT .*{problem}"):
+            quiet(run, wrong)
+        with pytest.raises(UserError, match=f"CHECKPOINT .*{problem}"):
+            quiet(wrong, tmp_path / "out")
     before = names_in(run)
     with pytest.raises(UserError, match="run is not empty"):
         quiet(run, run)

@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -122,7 +124,7 @@ def test_what_is_read_dropped_and_written_is_told_and_how_to_go_on(tmp_path, tok
         "map 0_2_2 -> 2_2_2, K/V projections averaged over the layers that read them",
         f"wrote {out}: map 2_2_2, 6,564 parameters in float32, read back and compared",
         f'measure it: python -m lckv_jax evaluate {out} "files=[texts/*.txt]"',
-        f"go on training: python -m lckv_jax train {out}/config.json out=runs/new "
+        f"go on training: python -m lckv_jax train {out}/config.json out=runs/new data.folder=data/new "
         '"data.sources=[texts/*.txt]" train.steps=1000',
     ]
 
@@ -148,29 +150,33 @@ def test_official_settings_are_kept(tmp_path):
 def test_evaluate_and_training_go_on_from_it(folder, tmp_path, monkeypatch, capsys):
     """The two commands that it prints, run."""
     monkeypatch.chdir(tmp_path)
-    assert main(["import", "hf", "models/small"]) == 0
+    assert main(["import", "hf", "models/the small"]) == 0
     commands = [line.split("lckv_jax ")[1] for line in capsys.readouterr().out.splitlines() if "-m lckv_jax" in line]
     (tmp_path / "texts").mkdir()
     for number, name in enumerate(("README.md", "CONTRIBUTING.md", "docs/training.md")):
         shutil.copy(ROOT / name, tmp_path / "texts" / f"{number}.txt")
-    evaluate, train = [command.replace('"', "").split() for command in commands]
+    evaluate, train = map(shlex.split, commands)
     assert main([*evaluate, "max_tokens=500"]) == 0
     short = ["train.steps=2", "optimizer.warmup_steps=1", "train.eval_batches=1", "data.validation_fraction=0.4"]
     short += ["data.batch_size=2", "model.remat=false", "model.sharing=0_2_2"]
     assert main([*train, *short]) == 0
     told = capsys.readouterr().out
-    assert "starting from models/small (step 0): map 0_1_2 -> 0_2_2, K/V projections averaged" in told
-    assert "models/small has no" not in told
-    assert (tmp_path / "models" / "small-data" / "manifest.json").exists()
+    assert "starting from models/the small (step 0): map 0_1_2 -> 0_2_2, K/V projections averaged" in told
+    assert "models/the small has no" not in told
+    assert (tmp_path / "data" / "new" / "manifest.json").exists()
     assert len([record for record in read_metrics(Path("runs/new/metrics.jsonl")) if "loss" in record]) == 2
-    assert main(["train", "models/small/config.json", *short]) == 2
-    assert "models/small holds an imported model, not a run to go on with; choose another" in capsys.readouterr().err
+    assert main(["train", "models/the small/config.json", *short]) == 2
+    assert (
+        "models/the small holds an imported model, not a run to go on with; choose another" in capsys.readouterr().err
+    )
 
 
 def test_without_a_tokenizer_none_is_trained_in_its_place(folder, tmp_path, capsys):
     (folder / "tokenizer.model").unlink()
     code, told, _ = run(capsys, folder, tmp_path / "out")
-    assert code == 0 and "has no tokenizer" in told
+    assert code == 0 and "python -m lckv_jax" not in told
+    assert "has no tokenizer, so that no text can be evaluated or trained on: save it beside the weights, " in told
+    assert f"tokenizer.save_pretrained('{folder}'), and import again" in told
     config = load_config(tmp_path / "out" / "config.json", [f"out={tmp_path / 'new'}"])
     assert config.data.tokenizer == f"{tmp_path}/out/tokenizer.model"
     assert main(["train", str(tmp_path / "out" / "config.json"), f"out={tmp_path / 'new'}"]) == 2
@@ -219,6 +225,36 @@ def test_folders_that_cannot_be_imported(folder, tmp_path, capsys):
 def _with_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(PLAIN | changes))
     return folder
+
+
+def test_what_is_no_folder_of_a_model(folder, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    refuses(capsys, "README.md is a file; give the folder of a downloaded model", ROOT / "README.md", out)
+    (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
+    for run_folder in (trained / "run", tmp_path / "bare"):
+        refuses(capsys, f"{run_folder} is a run already; give it to init_from, evaluate or export", run_folder, out)
+    refuses(capsys, "OUT is empty; write the name of a folder", folder, "")
+    refuses(capsys, "FOLDER is empty", "", out)
+    refuses(capsys, "OUT ~nosuchuser/x: there is no such user", folder, "~nosuchuser/x")
+    refuses(capsys, "FOLDER ~nosuchuser/x: there is no such user", "~nosuchuser/x", out)
+    refuses(capsys, r"OUT 'a\x00b' holds a NUL character", folder, "a\0b")
+    refuses(capsys, r"FOLDER 'a\x00b' holds a NUL character", "a\0b", out)
+
+
+def test_space_is_checked_before_anything_is_written(folder, tmp_path, monkeypatch, capsys):
+    usage = types.SimpleNamespace(free=2**20 + 20_000)  # 6,900 parameters of 4 bytes do not fit; of 2 they would
+    monkeypatch.setattr("lckv_jax.convert.new_folder.shutil.disk_usage", lambda path: usage)
+    refuses(capsys, "has only 1.07 MB free", folder, tmp_path / "out")
+    write_folder(folder, PLAIN, plain_tensors(ml_dtypes.bfloat16))
+    assert run(capsys, folder, tmp_path / "out")[0] == 0
+
+
+def test_an_imported_model_has_no_text_of_its_own(folder, tmp_path, capsys):
+    assert run(capsys, folder, tmp_path / "out")[0] == 0
+    assert main(["evaluate", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "is an imported model, which has no text of its own; give some as files=texts/*.txt" in error
 
 
 def test_a_damaged_tokenizer_is_named_where_it_lies(folder, tmp_path, capsys):

@@ -16,6 +16,7 @@ import numpy as np
 
 from lckv_jax.checkpoint import Stored, stream
 from lckv_jax.config import ModelConfig
+from lckv_jax.convert.given_path import given_path
 from lckv_jax.convert.hub import INDEX_FILE, SINGLE_FILE, Leaf, fitting_leaves
 from lckv_jax.convert.hub_config import MODULE, Format, hub_config, natural_format
 from lckv_jax.convert.model_card import model_card
@@ -27,6 +28,7 @@ from lckv_jax.errors import UserError
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _MARGIN = 2**20  # bytes beside the tensors: headers, model card, index
+_LEAST_SHARD, _MOST_SHARD = 10**3, 2**63  # bytes
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -87,7 +89,8 @@ def export(
     the format cannot say, for a full disk, and as `checkpoint.load` does.
     """
     started = time.perf_counter()
-    folder, limit = check_new(out), _bytes(max_shard_size)
+    given_path(checkpoint, "CHECKPOINT")
+    folder, limit = check_new(given_path(out, "OUT")), _bytes(max_shard_size)
     write = partial(_export, source=str(checkpoint), out=folder, format=format, dtype=dtype, limit=limit, say=say)
     done = stream(checkpoint, write, report=say)
     files = f"{len(done.files)} file" + ("s" if len(done.files) > 1 else "")
@@ -98,10 +101,10 @@ def export(
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2] or "B"]) if match and (match[2] or "B") in _UNITS else 0
-    if not size:
-        raise UserError(f"--max-shard-size {text}: not a size; write, for example, 5GB or 500MB")
-    return size
+    size = float(match[1]) * _UNITS[match[2] or "B"] if match and (match[2] or "B") in _UNITS else 0.0
+    if not _LEAST_SHARD <= size < _MOST_SHARD:
+        raise UserError(f"--max-shard-size {text}: not a size from 1KB on; write, for example, 5GB or 500MB")
+    return int(size)
 
 
 def _export(

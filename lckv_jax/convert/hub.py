@@ -92,6 +92,20 @@ def load_hub(
         return traverse_util.unflatten_dict(flat, sep="."), config
 
 
+def stored_bytes(folder: str | Path, config: ModelConfig) -> int:
+    """Bytes of the parameters in the files of `folder`, whose configuration is `config`; only headers are read.
+
+    Raises UserError if a file or a tensor is missing or too many, as `load_hub` does.
+    """
+    folder = Path(folder)
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        _check_names(folder, config, tensors, lambda _: None)
+        slices = [tensors[name].handle.get_slice(name) for name in _names(config)]
+        kinds = [np.dtype(_DTYPES.get(tensor.get_dtype(), np.uint8)) for tensor in slices]
+        return sum(math.prod(tensor.get_shape()) * kind.itemsize for tensor, kind in zip(slices, kinds))
+
+
 def to_hub(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
     """The tensors that HF would name for `tree`: parameters, or gradients of the same tree.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import jax
@@ -13,9 +16,10 @@ import numpy as np
 
 from lckv_jax import checkpoint
 from lckv_jax.config import RunConfig, build_config, config_json
-from lckv_jax.convert.hub import load_hub
-from lckv_jax.convert.hub_config import read_config
-from lckv_jax.convert.new_folder import check_new, new_folder, uninterrupted
+from lckv_jax.convert.given_path import given_path
+from lckv_jax.convert.hub import hub_leaves, load_hub, stored_bytes
+from lckv_jax.convert.hub_config import read_config, read_json
+from lckv_jax.convert.new_folder import check_new, check_space, new_folder, uninterrupted
 from lckv_jax.convert.reshare import How, describe_change, resharded_config, reshare
 from lckv_jax.convert.tokenizer_files import import_tokenizer_files
 from lckv_jax.data.tokenizer import Tokenizer, find_tokenizer, tokenizer_files
@@ -23,6 +27,7 @@ from lckv_jax.errors import UserError
 from lckv_jax.model_config import ModelConfig
 
 _LONGEST_ROW, _STEPS = 4096, 1000  # of the training that config.json proposes
+_MARGIN = 2**20  # bytes beside the parameters: metadata, tokenizer, config
 _HF_CONTEXT = 2048  # what transformers take a llama's max_position_embeddings for where config.json has none
 
 
@@ -48,13 +53,15 @@ def import_hub(
     """
     if "://" in out:
         raise UserError(f"{out} is a bucket; give a local or mounted folder")
-    source, target = Path(folder).expanduser(), Path(out).expanduser()
+    source, target = given_path(folder, "FOLDER"), given_path(out, "OUT")
     place = check_new(target)
+    _check_no_run(source)
     model = read_config(source / "config.json")
     if not window_includes_self:
         model = _with_wider_window(model, source)
     converted = resharded_config(model, model.sharing if sharing is None else sharing, num_kv_heads)
     files = import_tokenizer_files(source, model.vocab_size)
+    check_space(place, _needed_bytes(source, model, converted))
     with new_folder(place) as partial:
         tokenizer = _write_tokenizer(files, partial, source, model.vocab_size, report)
         params, _ = load_hub(source, report=report)
@@ -72,10 +79,12 @@ def import_hub(
         del state, params
         checkpoint.stream(partial, _read_all, report=report)
     report(f"wrote {target}: map {converted.sharing}, {size}, read back and compared")
-    report(f'measure it: python -m lckv_jax evaluate {target} "files=[texts/*.txt]"')
+    if not files:
+        return
+    report(f'measure it: python -m lckv_jax evaluate {quote(str(target))} "files=[texts/*.txt]"')
     report(
-        f"go on training: python -m lckv_jax train {target / 'config.json'} out=runs/new "
-        f'"data.sources=[texts/*.txt]" train.steps={config.train.steps}'
+        f"go on training: python -m lckv_jax train {quote(str(target / 'config.json'))} out=runs/new "
+        f'data.folder=data/new "data.sources=[texts/*.txt]" train.steps={config.train.steps}'
     )
 
 
@@ -83,6 +92,23 @@ def _read_all(stored: checkpoint.Stored) -> None:
     """Compares every leaf with what was to be written, one at a time."""
     for path in stored.leaves:
         stored.read(path)
+
+
+def _check_no_run(source: Path) -> None:
+    """Raises UserError for what is no folder of a downloaded model and could be taken for one."""
+    if os.path.isfile(source):
+        raise UserError(f"{source} is a file; give the folder of a downloaded model with its config.json")
+    has_config = os.path.isfile(source / "config.json")
+    raw = read_json(source / "config.json") if has_config else {}
+    ours = isinstance(raw.get("model"), dict) and isinstance(raw.get("train"), dict)
+    if ours or ("model_type" not in raw and os.path.isdir(source / "checkpoints")):
+        raise UserError(f"{source} is a run already; give it to init_from, evaluate or export")
+
+
+def _needed_bytes(source: Path, model: ModelConfig, converted: ModelConfig) -> int:
+    """What the checkpoint will take: the parameters after the conversion, as wide as in the files, and the rest."""
+    before, after = (sum(math.prod(leaf.full_shape) for leaf in hub_leaves(config)) for config in (model, converted))
+    return stored_bytes(source, model) * after // before + _MARGIN
 
 
 def _with_wider_window(model: ModelConfig, source: Path) -> ModelConfig:
@@ -105,7 +131,10 @@ def _write_tokenizer(
         problem = str(error).replace(str(folder), str(source))
         raise UserError(f"{problem}; or move the tokenizer out of that folder, to import the model without") from error
     if tokenizer is None:
-        report(f"{source} has no tokenizer: put it beside the weights, or only token ids can be evaluated")
+        report(
+            f"{source} has no tokenizer, so that no text can be evaluated or trained on: save it beside the weights, "
+            f"tokenizer.save_pretrained({str(source)!r}), and import again"
+        )
     elif tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {tokenizer.vocab_size} ids, but config.json says vocab_size {vocab_size}, so "

@@ -42,7 +42,7 @@ class Spec(NamedTuple):
 class SafetensorsFile:
     """A safetensors file being written: its header first, then the tensors in any order, each at its place.
 
-    `sync` and `differing` serve to make sure of what was written; `close` ends it.
+    `sync` and `check` serve to make sure of what was written; `close` ends it.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Spec]) -> None:

@@ -56,6 +56,8 @@ def _read_split(run: RunConfig, limit: int | None, tokenizer: Tokenizer | None) 
     from lckv_jax.data.prepare import MANIFEST, prepare
 
     folder = Path(run.data.folder).expanduser()
+    if not (folder / MANIFEST).exists() and run.init_from == run.out:  # as `import` writes it
+        raise UserError(f"{run.out} is an imported model, which has no text of its own; give some as files=texts/*.txt")
     if not (folder / MANIFEST).exists():
         raise UserError(
             f"the run's text was prepared in data.folder={run.data.folder}, which is not there now; run this where it "
