@@ -322,7 +322,7 @@ def test_the_card_tells_no_training_that_was_not(tmp_path):
         ):
             assert word not in card, word
     trained = card_of(tmp_path / "trained", init_from=str(tmp_path / "secret" / "llama" / "checkpoints" / "7"), out="c")
-    assert "Pretrained with lckv_jax." in trained
+    assert "Trained with lckv_jax from the weights of `llama`." in trained and "Pretrained" not in trained
     assert "| started from | `llama` |" in trained and "secret" not in trained
 
 

@@ -89,7 +89,9 @@ def _about(config: RunConfig, *, trained: bool) -> Iterator[str]:
             f"A Llama-style language model whose {layers} layers share keys and values: {computes} K,V, "
             "which the others read."
         )
-    if trained:
+    if trained and config.init_from is not None:
+        yield f"{what} Trained with lckv_jax from the weights of `{_last_part(config.init_from)}`."
+    elif trained:
         yield f"{what} Pretrained with lckv_jax."
     elif config.init_from is None:
         yield f"{what} It is not trained: its weights are random."
