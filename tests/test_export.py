@@ -407,7 +407,12 @@ def test_folders_that_are_no_run_or_are_there_already(tmp_path):
     with pytest.raises(UserError, match="neither a run folder"):
         quiet(tmp_path / "absent", tmp_path / "out")
     run, *_ = make_run(tmp_path / "run")
-    for wrong, problem in (("", "is empty"), ("~nosuchuser/x", "no such user"), ("a\0b", "NUL character")):
+    for wrong, problem in (
+        ("", "is empty"),
+        ("~nosuchuser/x", "no such user"),
+        ("a\0b", "NUL character"),
+        ("x" * 300 + "/y", "too long"),
+    ):
         with pytest.raises(UserError, match=f"OUT .*{problem}"):
             quiet(run, wrong)
         with pytest.raises(UserError, match=f"CHECKPOINT .*{problem}"):

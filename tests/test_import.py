@@ -237,6 +237,7 @@ def test_what_is_no_folder_of_a_model(folder, trained, tmp_path, monkeypatch, ca
     refuses(capsys, "OUT is empty; write the name of a folder", folder, "")
     refuses(capsys, "FOLDER is empty", "", out)
     refuses(capsys, "OUT ~nosuchuser/x: there is no such user", folder, "~nosuchuser/x")
+    refuses(capsys, "is too long for the name of a file", folder, "x" * 300)
     refuses(capsys, "FOLDER ~nosuchuser/x: there is no such user", "~nosuchuser/x", out)
     refuses(capsys, r"OUT 'a\x00b' holds a NUL character", folder, "a\0b")
     refuses(capsys, r"FOLDER 'a\x00b' holds a NUL character", "a\0b", out)
