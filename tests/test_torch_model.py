@@ -119,6 +119,14 @@ def make(spec, folder, **changes):
     return model, config, params, rng.integers(0, config.vocab_size, (3, 11))
 
 
+def random_model(spec, seed=0, **keys):
+    """A random model of a map, in torch alone."""
+    torch.manual_seed(seed)
+    keys = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4} | keys
+    config = torch_model.LckvConfig(sharing=spec, num_hidden_layers=spec.count("_") + 1, num_key_value_heads=2, **keys)
+    return torch_model.LckvForCausalLM(config).eval()
+
+
 def close(got, want, atol):
     np.testing.assert_allclose(got.detach().numpy(), np.asarray(want), rtol=0, atol=atol)
 
@@ -334,6 +342,27 @@ def test_beam_search_needs_no_more_than_the_cache(golden_model, case):
         new_tokens(model, prompt, 6, num_beams=3, use_cache=use_cache) for use_cache in (True, False)
     )
     assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("passes", [(7, 2), (1, 1)])
+def test_candidates_are_checked_as_exactly_as_single_tokens(passes):
+    """Assisted decoding and prompt lookup find the greedy tokens: candidates are not part of the prompt."""
+    for seed in range(6):
+        model = random_model(
+            "0_6_6_6_6_6_6_7", seed, no_grad_passes=passes[0], grad_passes=passes[1], initializer_range=0.25
+        )
+        prompt = torch.randint(0, 31, (1, 4)) if seed % 2 else torch.tensor([[3, 5, 3, 5]])
+        want = new_tokens(model, prompt)
+        assert torch.equal(new_tokens(model, prompt, prompt_lookup_num_tokens=10), want)
+        assert torch.equal(new_tokens(model, prompt, assistant_model=model), want)
+    with torch.no_grad():  # and so is any chunk, whatever `passes` is
+        logits, cache = model(want, use_cache=False).logits, model(want[:, :1]).past_key_values
+        model.config.passes = "exact"
+        exact = model(want).logits
+        for model.config.passes in ("trained", 0.9):
+            chunk = model(want[:, 1:], past_key_values=copy.deepcopy(cache)).logits
+            close(chunk, exact[:, 1:], 1e-4)
+    assert passes == (7, 2) or (logits - exact).abs().max() > 1e-2
 
 
 def test_logits_to_keep(golden_model):

@@ -8,8 +8,8 @@ Layer i reads the keys and values (K,V) that layer sources[i] computes. A layer 
 owners are cached. A layer that reads one above itself (upward) reads strictly earlier tokens. Spans of layers that hold
 upward ones are solved by passes over all tokens, each of which reads the K,V of the pass before: `no_grad_passes` and
 then `grad_passes` in training. In eval mode `config.passes` says how many: "trained" (as many), "exact" (until the K,V
-stand still, as if token by token) or a number: until their relative change is at most that. T new tokens after cached
-ones need at most T passes, so decoding one token at a time is exact.
+stand still, as if token by token) or a number: until their relative change is at most that. Tokens after cached ones
+are always exact, whatever `passes` is, so that any way of decoding, by one token or by several, finds the same ones.
 
 Tested with transformers 5.0 to 5.23 and torch 2.13. Sizes in names: B batch, T new tokens after P cached ones, S keys,
 D width, N query heads, K key/value heads, H head size.
@@ -60,6 +60,17 @@ def read_sharing(text: str, num_layers: int) -> Sharing:
         spans[range(start, stop)] = {sources[i] for i in range(start, stop) if sources[i] > i}
         start = stop
     return Sharing(sources, tuple(entry[2] == "s" for entry in entries), tuple(sorted(set(sources))), spans)
+
+
+def read_passes(passes: Any) -> str | float:
+    """`config.passes`: "trained", "exact" or a tolerance, which may be written as a string."""
+    try:
+        tolerance = None if isinstance(passes, bool) or passes in ("trained", "exact") else float(passes)
+    except (TypeError, ValueError):
+        tolerance = None
+    if passes not in ("trained", "exact") and (tolerance is None or not 0 <= tolerance < 1):
+        raise ValueError(f"config.passes is {passes!r}; use 'trained', 'exact' or a tolerance below 1, such as 1e-2")
+    return passes if tolerance is None else tolerance
 
 
 DEFAULTS = {
@@ -291,7 +302,7 @@ class LckvModel(nn.Module):
         More passes than there are new tokens change nothing, not even gradients. At inference a row that is done keeps
         its K,V, so that it never depends on its batch mates; in training the batch decides.
         """
-        read, (limit, tolerance) = {}, self.stop_rule(x.shape[1], x.dtype)
+        read, (limit, tolerance) = {}, self.stop_rule(x, tokens)
         if x.shape[1] == 1:  # reads what is cached, and nothing of itself
             return read
         tracked = min(self.config.grad_passes, limit) if torch.is_grad_enabled() else 1
@@ -313,17 +324,17 @@ class LckvModel(nn.Module):
             read = self.kv_pass(span, x, read, slots, tokens)
         return read
 
-    def stop_rule(self, num_tokens: int, dtype: torch.dtype) -> tuple[int, float]:
+    def stop_rule(self, x_BTD: Tensor, tokens: Tokens) -> tuple[int, float]:
         """The most passes to make, and the relative change of K,V at which to stop before; 0: at none."""
-        config, passes = self.config, self.config.passes
-        trained = min(config.no_grad_passes + config.grad_passes, num_tokens)
+        config, T = self.config, x_BTD.shape[1]
+        trained = min(config.no_grad_passes + config.grad_passes, T)
         if self.training:
             return trained, config.tolerance
-        if passes in ("trained", "exact"):
-            return (trained, 0.0) if passes == "trained" else (num_tokens, 8 * torch.finfo(dtype).eps)
-        if isinstance(passes, (str, bool)) or not 0 <= passes < math.inf:
-            raise ValueError(f"config.passes is {passes!r}; use 'trained', 'exact' or a tolerance such as 1e-2")
-        return num_tokens, float(passes)
+        passes, exact = read_passes(config.passes), 8 * torch.finfo(x_BTD.dtype).eps
+        if passes == "trained" and not tokens.num_past:
+            return trained, 0.0
+        tolerance = exact if isinstance(passes, str) else passes
+        return T, min(tolerance, exact) if tokens.num_past else tolerance
 
 
 def largest_change(new: Slots, old: Slots, tokens: Tokens) -> Tensor:
@@ -365,6 +376,8 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: of how many last tokens (0: of all), or of which, logits are computed.
         num_items_in_batch: what the loss is divided by instead, where gradients are accumulated.
         """
+        if others.pop("generating", False) and logits_to_keep > 1 and not past_key_values.get_seq_length():
+            return self.check_candidates(input_ids, attention_mask, past_key_values, logits_to_keep - 1)
         as_tuple = others.pop("return_dict", None) is False
         others.pop("cache_position", None)  # from generate() before transformers 5.3; the cache knows it
         if odd := [name for name, value in others.items() if value is not None and value is not False]:
@@ -387,6 +400,16 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum") / count
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if as_tuple else output
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        return {**super().prepare_inputs_for_generation(input_ids, **kwargs), "generating": True}
+
+    def check_candidates(self, ids: Tensor, mask: Tensor | None, cache: DynamicCache, count: int) -> Any:
+        """The first step of assisted decoding, whose last `count` tokens are candidates: exact, as after the prompt."""
+        prompt = self(ids[:, :-count], None if mask is None else mask[:, :-count], cache, logits_to_keep=1)
+        output = self(ids[:, -count:], mask, cache)
+        output.logits = torch.cat((prompt.logits, output.logits), 1)
+        return output
 
     def slot_cache(self, cache: DynamicCache) -> tuple[DynamicCache, Slots]:
         """The cache, with a layer for each owner (generate() makes one for each layer of the model), and its K,V."""
