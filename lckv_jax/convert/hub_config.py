@@ -172,7 +172,8 @@ def _lckv(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     if "sharing" not in raw:
         raise UserError(f"{path}: a lckv model without `sharing`; download it again")
     names = ("sharing", "strict_everywhere", "no_grad_passes", "grad_passes", "start", "tolerance")
-    return {name: raw[name] for name in names if name in raw} | {"window": raw.get("sliding_window") or 4096}
+    window = raw.get("sliding_window")
+    return {name: raw[name] for name in names if name in raw} | {"window": 4096 if window is None else window}
 
 
 def _official(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import re
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,19 +43,15 @@ class Sharing(NamedTuple):
 
 def read_sharing(text: str, num_layers: int) -> Sharing:
     """The map of a string such as 0_6_6_6_6_6_6_7: the source of each layer, followed by `s` for a sliding window."""
-    entries = [re.fullmatch(r"(\d+)(s?)", entry) for entry in text.split("_")]
+    entries = [re.fullmatch("([0-9]+)(s?)", entry) for entry in (text.split("_") if isinstance(text, str) else [])]
     if len(entries) != num_layers or not all(entry and int(entry[1]) < num_layers for entry in entries):
         raise ValueError(f"sharing is {text!r}; it must name a source from 0 to {num_layers - 1} for each layer")
     sources = tuple(int(entry[1]) for entry in entries)
     spans, start = {}, 0
     while start < num_layers:
-        stop = start + 1
-        if sources[start] > start:  # up to the highest layer that any layer inside reads
-            while (reach := max(sources[start:stop]) + 1) > stop:
-                stop = reach
-        else:
-            while stop < num_layers and sources[stop] <= stop:
-                stop += 1
+        stop = start + 1  # or up to the highest layer that any layer inside reads
+        while (reach := max(sources[start:stop]) + 1) > stop:
+            stop = reach
         spans[range(start, stop)] = {sources[i] for i in range(start, stop) if sources[i] > i}
         start = stop
     return Sharing(sources, tuple(entry[2] == "s" for entry in entries), tuple(sorted(set(sources))), spans)
@@ -64,18 +59,15 @@ def read_sharing(text: str, num_layers: int) -> Sharing:
 
 def read_passes(passes: Any) -> str | float:
     """`config.passes`: "trained", "exact" or a tolerance, which may be written as a string."""
-    try:
-        tolerance = None if isinstance(passes, bool) or passes in ("trained", "exact") else float(passes)
-    except (TypeError, ValueError):
-        tolerance = None
-    if passes not in ("trained", "exact") and (tolerance is None or not 0 <= tolerance < 1):
+    number = re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", str(passes))
+    if passes not in ("trained", "exact") and not (number and float(passes) < 1):
         raise ValueError(f"config.passes is {passes!r}; use 'trained', 'exact' or a tolerance below 1, such as 1e-2")
-    return passes if tolerance is None else tolerance
+    return float(passes) if number else passes
 
 
 DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "head_dim": None,
-    "num_attention_heads": 8, "num_key_value_heads": None, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "num_attention_heads": 8, "num_key_value_heads": None, "hidden_act": "silu", "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0, "rope_scaling": None, "rope_parameters": None, "max_position_embeddings": 2048,
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
     "use_cache": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.02,
@@ -98,8 +90,7 @@ class LckvConfig(PreTrainedConfig):
         keys = {**DEFAULTS, **keys}
         layers, heads = keys["num_hidden_layers"], keys["num_attention_heads"]
         keys["num_key_value_heads"] = keys["num_key_value_heads"] or heads
-        keys["head_dim"] = keys["head_dim"] or keys["hidden_size"] // heads
-        keys["sharing"] = keys["sharing"] or "_".join(map(str, range(layers)))
+        keys["sharing"] = "_".join(map(str, range(layers))) if keys["sharing"] is None else keys["sharing"]
         theta, scaling, rope = (keys.pop(name) for name in ("rope_theta", "rope_scaling", "rope_parameters"))
         rope = rope or scaling or {}  # transformers 5 rewrites the older spelling, of two keys, into rope_parameters
         self.rope_parameters = {"rope_theta": theta, "rope_type": rope.get("type", "default"), **rope}
@@ -107,8 +98,15 @@ class LckvConfig(PreTrainedConfig):
         for name, values in CHOICES.items():
             if (value := {**keys, **self.rope_parameters}[name]) not in values:
                 raise ValueError(f"{name} is {value!r}; this model computes only {', '.join(map(str, values))}")
-        if heads % keys["num_key_value_heads"] or keys["no_grad_passes"] < 0 or keys["grad_passes"] < 1:
-            raise ValueError("num_key_value_heads must divide num_attention_heads, and grad_passes be at least 1")
+        if heads % keys["num_key_value_heads"]:
+            raise ValueError(f"num_key_value_heads must divide num_attention_heads, which is {heads}")
+        if (head_dim := keys["head_dim"] or keys["hidden_size"] / heads) % 2:
+            raise ValueError(f"head_dim, or hidden_size / num_attention_heads, is {head_dim:g}; it must be even")
+        keys["head_dim"] = int(head_dim)
+        for name, least in {"sliding_window": 1, "no_grad_passes": 0, "grad_passes": 1}.items():
+            if not isinstance(value := keys[name], int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        keys["passes"] = read_passes(keys["passes"])
         self.max_position_embeddings = keys["max_position_embeddings"]  # transformers asks for it too early,
         self.use_cache = keys.pop("use_cache")  # and drops this one as a setting of generate()
         super().__init__(**keys)
@@ -146,9 +144,8 @@ class Tokens:
         self.window, self.masks, self.valid_BT = config.sliding_window, {}, None
         self.position_BS = torch.arange(self.num_past + T, device=device)[None]  # -1 = padding
         if attention_mask_BS is not None:
-            if attention_mask_BS.shape != (B, self.num_past + T):
-                shape, want = [*attention_mask_BS.shape], [B, self.num_past + T]
-                raise ValueError(f"attention_mask has shape {shape}; cached and new tokens together {want}")
+            if [*attention_mask_BS.shape] != (want := [B, self.num_past + T]):
+                raise ValueError(f"attention_mask has shape {[*attention_mask_BS.shape]}; cached and new tokens {want}")
             valid_BS = attention_mask_BS.to(device) != 0
             if not valid_BS.all():
                 self.position_BS = valid_BS.cumsum(1).masked_fill(~valid_BS, 0) - 1
@@ -167,8 +164,7 @@ class Tokens:
     def readable(self, num_keys: int, strict: bool, windowed: bool) -> tuple[Tensor | None, Tensor | None]:
         """Which of the first S keys each new token reads, [B or 1, 1, T, S], and which tokens read none, [.., T, 1].
 
-        Tokens that read none have all keys in the mask, so that softmax is finite. None: a single new token reads all
-        of them, and several, which have no past, read those up to themselves.
+        These have all keys in the mask, so that softmax is finite. None: no mask is needed, at most a causal kernel.
         """
         total = self.position_BS.shape[1]
         windowed = windowed and self.window < total
@@ -248,12 +244,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, kv: KV | None, tokens: Tokens) -> Tensor:
         """The layer's output. kv: what it reads; None if that is nothing, so that only the bias of o_proj comes out."""
+        out = x.new_zeros(1, 1, self.self_attn.o_proj.in_features)
         if kv is not None:
             q = rotate(self.heads(self.self_attn.q_proj(self.input_layernorm(x))), tokens)
-            out = attend(q, kv, tokens, strict=self.strict, windowed=self.windowed)
-            x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
-        elif self.self_attn.o_proj.bias is not None:
-            x = x + self.self_attn.o_proj.bias
+            out = attend(q, kv, tokens, strict=self.strict, windowed=self.windowed).transpose(1, 2).flatten(2)
+        x = x + self.self_attn.o_proj(out)
         h = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
 
@@ -314,8 +309,8 @@ class LckvModel(nn.Module):
                 new = self.kv_pass(span, x, read, slots, tokens)
                 if tolerance and read:
                     moves_B = largest_change(new, read, tokens) > tolerance
-                    keep = partial(torch.where, moving_B[:, None, None, None])
-                    new = {owner: tuple(map(keep, kv, read[owner])) for owner, kv in new.items()}
+                    open_B = moving_B[:, None, None, None]
+                    new = {i: tuple(torch.where(open_B, *pair) for pair in zip(kv, read[i])) for i, kv in new.items()}
                     moving_B = moves_B.any().expand_as(moves_B) if self.training else moving_B & moves_B
                 read = new
                 if tolerance and not moving_B.any():
@@ -339,8 +334,8 @@ class LckvModel(nn.Module):
 
 def largest_change(new: Slots, old: Slots, tokens: Tokens) -> Tensor:
     """The largest relative change of any single token's keys or values in each row, [B]."""
-    now, before = (torch.stack([x for owner in new for x in slots[owner]]) for slots in (new, old))
-    moved, size = (x.to(wider(x.dtype)).square().sum((2, 4)) for x in (now - before, now))
+    now, before = (torch.stack([x.to(wider(x.dtype)) for owner in new for x in slots[owner]]) for slots in (new, old))
+    moved, size = (x.square().sum((2, 4)) for x in (now - before, now))
     change_BT = (moved / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt().amax(0)
     return (change_BT if tokens.valid_BT is None else change_BT.masked_fill(~tokens.valid_BT, 0.0)).amax(1)
 
@@ -359,18 +354,12 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: int | Tensor | None = None,
-        **others: Any,
-    ) -> CausalLMOutputWithPast | tuple:
-        """Logits in float32 or wider; with labels, shifted here, also the mean loss of those that are not -100.
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None, **others: Any,
+    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
+        """Logits, cast to float32 or wider; with labels, shifted here, also the mean loss of those that are not -100.
 
         attention_mask [B, P + T]: 0 marks padding, on either side; positions are counted from it.
         logits_to_keep: of how many last tokens (0: of all), or of which, logits are computed.
@@ -380,6 +369,10 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
             return self.check_candidates(input_ids, attention_mask, past_key_values, logits_to_keep - 1)
         as_tuple = others.pop("return_dict", None) is False
         others.pop("cache_position", None)  # from generate() before transformers 5.3; the cache knows it
+        others = {name: getattr(self.config, name) for name in ("output_hidden_states", "output_attentions")} | others
+        others["both or neither of input_ids and inputs_embeds"] = (input_ids is None) == (inputs_embeds is None)
+        part = not isinstance(logits_to_keep, int) or logits_to_keep != 0
+        others["labels together with logits_to_keep"] = labels is not None and part
         if odd := [name for name, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"LckvForCausalLM does not take {', '.join(odd)}")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -388,8 +381,7 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
             cache, past = self.slot_cache(DynamicCache() if cache is None else cache)
         x, slots = self.model(x, Tokens(self.config, x, past, attention_mask))
         for layer, kv in zip(cache.layers if cache is not None else (), map(slots.get, self.model.sharing.owners)):
-            if not layer.is_initialized:
-                layer.lazy_initialization(*kv)
+            layer.lazy_initialization(*kv)
             layer.keys, layer.values = kv
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits, loss = self.lm_head(x), None
@@ -414,7 +406,9 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
     def slot_cache(self, cache: DynamicCache) -> tuple[DynamicCache, Slots]:
         """The cache, with a layer for each owner (generate() makes one for each layer of the model), and its K,V."""
         if type(cache) is not DynamicCache or cache.offloading:
-            raise ValueError(f"LckvForCausalLM caches in a DynamicCache without offloading, not in {cache}")
+            raise ValueError(
+                f"LckvForCausalLM caches in a DynamicCache without offloading, not in this {type(cache).__name__}"
+            )
         owners, held = self.model.sharing.owners, cache.get_seq_length()
         if not held:
             cache.layers = [DynamicLayer() for _ in owners]
