@@ -120,7 +120,7 @@ def rope_frequencies(config: LckvConfig) -> list[float]:
         return [f / rope["factor"] for f in frequencies]
     if rope["rope_type"] == "llama3":  # long wavelengths are stretched, short ones kept, those between blended
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = [rope["original_max_position_embeddings"] * f / (2 * math.pi) for f in frequencies]
+        turns = [rope["original_max_position_embeddings"] * f / math.tau for f in frequencies]
         keep = [min(max((turn - low) / (high - low), 0.0), 1.0) for turn in turns]
         return [f * (k + (1.0 - k) / rope["factor"]) for f, k in zip(frequencies, keep)]
     return frequencies
@@ -361,9 +361,8 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
         """Logits, cast to float32 or wider; with labels, shifted here, also the mean loss of those that are not -100.
 
-        attention_mask [B, P + T]: 0 marks padding, on either side; positions are counted from it.
-        logits_to_keep: of how many last tokens (0: of all), or of which, logits are computed.
-        num_items_in_batch: what the loss is divided by instead, where gradients are accumulated.
+        attention_mask [B, P + T]: 0 marks padding, on either side. logits_to_keep: of how many last tokens (0: of all),
+        or of which. num_items_in_batch: what the loss is divided by instead, where gradients are accumulated.
         """
         if others.pop("generating", False) and logits_to_keep > 1 and not past_key_values.get_seq_length():
             return self.check_candidates(input_ids, attention_mask, past_key_values, logits_to_keep - 1)
@@ -406,9 +405,7 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
     def slot_cache(self, cache: DynamicCache) -> tuple[DynamicCache, Slots]:
         """The cache, with a layer for each owner (generate() makes one for each layer of the model), and its K,V."""
         if type(cache) is not DynamicCache or cache.offloading:
-            raise ValueError(
-                f"LckvForCausalLM caches in a DynamicCache without offloading, not in this {type(cache).__name__}"
-            )
+            raise ValueError(f"K,V are cached in a DynamicCache without offloading, not in this {type(cache).__name__}")
         owners, held = self.model.sharing.owners, cache.get_seq_length()
         if not held:
             cache.layers = [DynamicLayer() for _ in owners]
