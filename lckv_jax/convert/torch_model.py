@@ -10,7 +10,6 @@ upward ones are solved by passes over all tokens, each of which reads the K,V of
 then `grad_passes` in training. In eval mode `config.passes` says how many: "trained" (as many), "exact" (until the K,V
 stand still, as if token by token) or a number: until their relative change is at most that. Tokens after cached ones
 are always exact, whatever `passes` is, so that any way of decoding, by one token or by several, finds the same ones.
-
 Tested with transformers 5.0 to 5.23 and torch 2.13. Sizes in names: B batch, T new tokens after P cached ones, S keys,
 D width, N query heads, K key/value heads, H head size.
 """
@@ -117,7 +116,7 @@ def rope_frequencies(config: LckvConfig) -> list[float]:
     rope, size = config.rope_parameters, config.head_dim
     frequencies = [rope["rope_theta"] ** (-i / size) for i in range(0, size, 2)]
     if rope["rope_type"] == "linear":
-        return [f / rope["factor"] for f in frequencies]
+        frequencies = [f / rope["factor"] for f in frequencies]
     if rope["rope_type"] == "llama3":  # long wavelengths are stretched, short ones kept, those between blended
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = [rope["original_max_position_embeddings"] * f / math.tau for f in frequencies]
@@ -133,7 +132,6 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 
 class Tokens:
     """What layers need to know of the T new tokens and of the P before them, whose K,V are in `past`.
-
     valid_BT: which new tokens are no padding; None if all are. cos, sin [B or 1, 1, T, H]: the first half of sin is
     negative, see `rotate`. Masks are built once for each kind of layer that asks.
     """
@@ -163,9 +161,7 @@ class Tokens:
 
     def readable(self, num_keys: int, strict: bool, windowed: bool) -> tuple[Tensor | None, Tensor | None]:
         """Which of the first S keys each new token reads, [B or 1, 1, T, S], and which tokens read none, [.., T, 1].
-
-        These have all keys in the mask, so that softmax is finite. None: no mask is needed, at most a causal kernel.
-        """
+        These have all keys in the mask, so that softmax is finite. None: no mask is needed, at most a causal kernel."""
         total = self.position_BS.shape[1]
         windowed = windowed and self.window < total
         if self.valid_BT is None and not windowed and self.num_past in (0, total - 1):
@@ -190,9 +186,8 @@ def rotate(x_BNTH: Tensor, tokens: Tokens) -> Tensor:
 
 def attend(q_BNTH: Tensor, kv: KV, tokens: Tokens, *, strict: bool, windowed: bool) -> Tensor:
     """Softmax attention of grouped query heads, [B, N, T, H]; exactly zero where there is nothing to read."""
-    (B, N, T, H), (k, v) = q_BNTH.shape, kv
-    if strict and T == 1:
-        k, v = k[:, :, : tokens.num_past], v[:, :, : tokens.num_past]
+    B, N, T, H = q_BNTH.shape
+    k, v = (x[:, :, : tokens.num_past] for x in kv) if strict and T == 1 else kv
     K, S = k.shape[1:3]
     if S == 0:
         return torch.zeros_like(q_BNTH)
@@ -254,8 +249,6 @@ class Layer(nn.Module):
 
 
 class LckvModel(nn.Module):
-    """Everything but the head."""
-
     def __init__(self, config: LckvConfig):
         super().__init__()
         self.config, self.sharing = config, read_sharing(config.sharing, config.num_hidden_layers)
@@ -273,9 +266,7 @@ class LckvModel(nn.Module):
 
     def sweep(self, layers: range, x: Tensor, read: Slots, slots: Slots, tokens: Tokens) -> tuple[Tensor, Slots]:
         """One pass over some layers: their output, and the K,V of the owners among them, of new tokens only.
-
-        read: K,V that upward layers read, of new tokens only; slots: those that others read, to which this pass adds.
-        """
+        read: K,V that upward layers read, of new tokens only; slots: those that others read, to which it adds."""
         new, above = {}, tokens.with_past(read)
         for i in layers:
             layer, source = self.layers[i], self.sharing.sources[i]
@@ -293,10 +284,7 @@ class LckvModel(nn.Module):
 
     def solve(self, span: range, x: Tensor, slots: Slots, tokens: Tokens) -> Slots:
         """The K,V that the last pass over a span reads, of new tokens only.
-
-        More passes than there are new tokens change nothing, not even gradients. At inference a row that is done keeps
-        its K,V, so that it never depends on its batch mates; in training the batch decides.
-        """
+        At inference a row that is done keeps its K,V and never depends on its batch mates; in training all go on."""
         read, (limit, tolerance) = {}, self.stop_rule(x, tokens)
         if x.shape[1] == 1:  # reads what is cached, and nothing of itself
             return read
@@ -360,10 +348,8 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None, **others: Any,
     ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
         """Logits, cast to float32 or wider; with labels, shifted here, also the mean loss of those that are not -100.
-
         attention_mask [B, P + T]: 0 marks padding, on either side. logits_to_keep: of how many last tokens (0: of all),
-        or of which. num_items_in_batch: what the loss is divided by instead, where gradients are accumulated.
-        """
+        or of which. num_items_in_batch: what the loss is divided by instead, where gradients are accumulated."""
         if others.pop("generating", False) and logits_to_keep > 1 and not past_key_values.get_seq_length():
             return self.check_candidates(input_ids, attention_mask, past_key_values, logits_to_keep - 1)
         as_tuple = others.pop("return_dict", None) is False
