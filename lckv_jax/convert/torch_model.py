@@ -10,8 +10,8 @@ upward ones are solved by passes over all tokens, each of which reads the K,V of
 then `grad_passes` in training. In eval mode `config.passes` says how many: "trained" (as many), "exact" (until the K,V
 stand still, as if token by token) or a number: until their relative change is at most that. Tokens after cached ones
 are always exact, whatever `passes` is, so that any way of decoding, by one token or by several, finds the same ones.
-Tested with transformers 5.0 to 5.23 and torch 2.13. Sizes in names: B batch, T new tokens after P cached ones, S keys,
-D width, N query heads, K key/value heads, H head size.
+Tested with transformers 5.0 to 5.23 (assistants: 5.23) and torch 2.13. Sizes in names: B batch, T new tokens after P
+cached ones, S keys, D width, N query heads, K key/value heads, H head size.
 """
 
 from __future__ import annotations
@@ -350,8 +350,9 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits, cast to float32 or wider; with labels, shifted here, also the mean loss of those that are not -100.
         attention_mask [B, P + T]: 0 marks padding, on either side. logits_to_keep: of how many last tokens (0: of all),
         or of which. num_items_in_batch: what the loss is divided by instead, where gradients are accumulated."""
-        if others.pop("generating", False) and logits_to_keep > 1 and not past_key_values.get_seq_length():
-            return self.check_candidates(input_ids, attention_mask, past_key_values, logits_to_keep - 1)
+        cache, past = past_key_values, {}
+        if others.pop("generating", False) and logits_to_keep > 1 and not (cache and cache.get_seq_length()):
+            return self.check_candidates(input_ids, attention_mask, cache or DynamicCache(), logits_to_keep - 1)
         as_tuple = others.pop("return_dict", None) is False
         others.pop("cache_position", None)  # from generate() before transformers 5.3; the cache knows it
         others = {name: getattr(self.config, name) for name in ("output_hidden_states", "output_attentions")} | others
@@ -361,7 +362,6 @@ class LckvForCausalLM(PreTrainedModel, GenerationMixin):
         if odd := [name for name, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"LckvForCausalLM does not take {', '.join(odd)}")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache, past = past_key_values, {}
         if cache is not None or (self.config.use_cache and not self.training if use_cache is None else use_cache):
             cache, past = self.slot_cache(DynamicCache() if cache is None else cache)
         x, slots = self.model(x, Tokens(self.config, x, past, attention_mask))
