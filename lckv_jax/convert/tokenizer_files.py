@@ -139,25 +139,25 @@ _WRITTEN = """Hello world;  two  spaces ; ;   ;don't DON'T;trailing  ;0123456789
 <s>;</s>;<unk>;<pad>;a </s>b<s> c;<s></s><s>;<s;</s;s>;<<s>>;<0x0A>;<0x0A><0x41>x;<0x;<;>;[BOS][EOS];<|endoftext|>
 ▁;▁▁a ▁b▁ ;café naïve;日本語のテキスト。;中文、测试;한국어;हिन्दी ٣ עברית العربية;😀;👩‍👩‍👧 🏳️‍🌈 👍🏽;https://x.org/?q=a%20b"""
 _ESCAPED = (
-    *(
-        "\t\ttabs\t",
-        "\n",
-        "\r\n\r\nlines \n\n",
-        "\n</s>\n",
-        "\0",
-        "a\0b",
-        "\x01\x7f",
-        "a\x01\x01b",
-        "\u200b\u200d\u2060",
-    ),
-    *(
-        "\u00a0no-break\u2003em\u3000wide",
-        "\ufeffBOM",
-        "e\u0301 n\u0303",
-        "\u1112\u1161\u11ab",
-        "\uff41\uff76\uff9e\ufb01\u00bd",
-    ),
-    *("\ud7ff\ue000\ufffd\U0010ffff", "\ufff0\ufff0x\ufff0", "x" * 3000, "ab " * 999, " " * 999),
+    "\t\ttabs\t",
+    "\n",
+    "\r\n\r\nlines \n\n",
+    "\n</s>\n",
+    "\0",
+    "a\0b",
+    "\x01\x7f",
+    "a\x01\x01b",
+    "\u200b\u200d\u2060",
+    "\u00a0no-break\u2003em\u3000wide",
+    "\ufeffBOM",
+    "e\u0301 n\u0303",
+    "\u1112\u1161\u11ab",
+    "\uff41\uff76\uff9e\ufb01\u00bd",
+    "\ud7ff\ue000\ufffd\U0010ffff",
+    "\ufff0\ufff0x\ufff0",
+    "x" * 3000,
+    "ab " * 999,
+    " " * 999,
 )
 _RUNS = " \t\n▁a=-.0"
 
