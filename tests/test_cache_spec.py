@@ -3,7 +3,8 @@
 import pytest
 from small_runs import run_config
 
-from lckv_jax.decode.spec import CacheSpec, bytes_held, bytes_read_per_step, slot_specs
+from lckv_jax.decode.cache import bytes_held, bytes_read_per_step
+from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.errors import UserError
 
 TEXTS = ["full", "window(7)", "sinks(4,1020)", "full+int8", "window(7)+int4", "sinks(4,1020)+int8"]

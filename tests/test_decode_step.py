@@ -9,8 +9,8 @@ import pytest
 from oracle import token_by_token
 
 from lckv_jax import ModelConfig
-from lckv_jax.decode.cache import append, fill
-from lckv_jax.decode.spec import CacheSpec, bytes_held, bytes_read_per_step, slot_specs
+from lckv_jax.decode.cache import append, bytes_held, bytes_read_per_step, fill
+from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.decode.step import decode_step, decode_weights
 from lckv_jax.model.layers import KV
 from lckv_jax.model.transformer import hidden_states, init_params

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from lckv_jax.convert.hub import load_hub
 from lckv_jax.decode import generate as module
+from lckv_jax.decode import loop as programs
 from lckv_jax.decode.generate import generate, generate_rows, stream
 from lckv_jax.decode.sampling import Sampling
 from lckv_jax.decode.spec import CacheSpec, slot_specs
@@ -137,11 +138,11 @@ def test_the_compiled_loop_copies_no_slot(golden, case):
     tokens, rows = jax.ShapeDtypeStruct((B, 16), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
     keys, stops = jax.eval_shape(lambda: module.row_keys(Sampling(), B)), jax.ShapeDtypeStruct((0,), jnp.int32)
     loop, _, _ = jax.eval_shape(
-        lambda p, t, r, k, s: module._prefill(p, config, specs, "trained", None, t, r, k, s),
+        lambda p, t, r, k, s: programs.prefill(p, config, specs, "trained", None, t, r, k, s),
         shapes, tokens, rows, keys, stops,
     )  # fmt: skip
     weights = jax.eval_shape(lambda p: module._weights(p, config), shapes)
-    compiled = module._decode.lower(weights, config, specs, None, 8, loop, keys, stops).compile()
+    compiled = programs.decode.lower(weights, config, specs, None, 8, loop, keys, stops).compile()
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(loop.cache))
     slot = B * config.num_kv_heads * columns * config.head_dim
     memory = compiled.memory_analysis()
@@ -153,10 +154,10 @@ def test_the_compiled_loop_copies_no_slot(golden, case):
 
 def test_one_program_for_each_bucket(lckv, monkeypatch):
     params, config = lckv
-    module._decode.clear_cache()
+    programs.decode.clear_cache()
     for seed in range(3):  # prompts of other lengths, one shape
         generate(params, config, [list(range(3 + seed)), [seed]], 9)
-    assert module._decode._cache_size() == 1
+    assert programs.decode._cache_size() == 1
 
 
 def test_stories_in_their_own_words(stories_hub, reference):

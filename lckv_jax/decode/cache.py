@@ -1,44 +1,28 @@
 """The cache of a decoder: one slot for each owner, however many layers read it.
 
-Rows are aligned at their newest token, so that all of them write the same cell; shorter prompts have padding in front.
-Positions are explicit: whether a cell is read depends on the position in it, never on its place.
+A slot's kind says what it keeps of the tokens and as what. Every kind has the same functions, in a file of its own.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.spec import SlotSpec
-from lckv_jax.model.attention import First, attend_cells, readable, rope_frequencies, rope_tables, rotate, wider
+from lckv_jax.decode import cells
+from lckv_jax.decode.spec import CellsSpec, SlotSpec
 from lckv_jax.model.layers import KV
 
-EMPTY = -1  # the position of a cell without a token
-_CELLS = 2  # the axis of cells in every array of a slot
-_LARGEST = {"int8": 127, "int4": 7}  # codes are symmetric around 0
-
-
-class Slot(NamedTuple):
-    """The K,V of one owner in S cells: the sinks, if it has some, then the others.
-
-    k, v: [B, K, S, H], rotated keys and values, or their codes. k_scale, v_scale: [B, K, S], None where there are no
-    codes. pos: [B, 1, S] int32, EMPTY where there is no token.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None
-    v_scale: jax.Array | None
-    pos: jax.Array
+_KINDS: dict[type, ModuleType] = {CellsSpec: cells}
 
 
 class Cache(NamedTuple):
     """slots: by owner. column: of the next token, int32 scalar. padding_B: columns in front of each row's first."""
 
-    slots: dict[int, Slot]
+    slots: dict[int, Any]
     column: jax.Array
     padding_B: jax.Array
 
@@ -51,33 +35,26 @@ def next_positions(cache: Cache) -> jax.Array:
 def fill(specs: tuple[SlotSpec, ...], kvs: dict[int, KV], padding_B: jax.Array) -> Cache:
     """The cache after prompts whose K,V are `kvs`: arrays [B, T, K, H] by owner, keys rotated, padding in front."""
     columns = kvs[specs[0].owner].k_BSKH.shape[1]
-    pos = jnp.maximum(jnp.arange(columns, dtype=jnp.int32)[None, None] - padding_B[:, None, None], EMPTY)
-    slots = {}
-    for spec in specs:
-        k, v = (x.swapaxes(1, 2) for x in kvs[spec.owner])
-        tokens = _encode(spec.codec, k, v, pos)
-        kept = _last(tokens, spec.cells, spec.ring)
-        slots[spec.owner] = _joined(_first(tokens, spec.sinks, padding_B), kept) if spec.sinks else kept
+    pos_BT = jnp.maximum(jnp.arange(columns, dtype=jnp.int32)[None] - padding_B[:, None], cells.EMPTY)
+    slots = {spec.owner: _KINDS[type(spec)].fill(spec, kvs[spec.owner], pos_BT, padding_B) for spec in specs}
     return Cache(slots, jnp.asarray(columns, jnp.int32), padding_B)
 
 
-def append(spec: SlotSpec, slot: Slot, kv: KV, column: jax.Array, pos_B: jax.Array, live_B: jax.Array) -> Slot:
+def empty(config: ModelConfig, specs: tuple[SlotSpec, ...], batch: int) -> Cache:
+    """The cache of `batch` rows before their first token."""
+    nothing = jnp.zeros((batch, 0, config.num_kv_heads, config.head_dim), config.dtype)
+    return fill(specs, {spec.owner: KV(nothing, nothing) for spec in specs}, jnp.zeros(batch, jnp.int32))
+
+
+def append(spec: SlotSpec, slot: Any, kv: KV, column: jax.Array, pos_B: jax.Array, live_B: jax.Array) -> Any:
     """The slot with one more token of each row, [B, 1, K, H], at `column`; rows that are not live get no token."""
-    k, v = (x.swapaxes(1, 2) for x in kv)
-    new = _encode(spec.codec, k, v, jnp.where(live_B, pos_B, EMPTY)[:, None, None])
-    if spec.sinks:
-        here_BS = jnp.arange(spec.sinks)[None] == new.pos[:, 0]  # no sink for positions past them, or EMPTY
-        sinks = jax.tree.map(lambda x: x[:, :, : spec.sinks], slot)
-        sinks = jax.tree.map(lambda old, x: jnp.where(_spread(here_BS[:, None], old), x, old), sinks, new)
-        slot = jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, 0, _CELLS), slot, sinks)
-    cell = spec.sinks + (column % spec.cells if spec.ring else column)
-    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, cell, _CELLS), slot, new)
+    return _KINDS[type(spec)].append(spec, slot, kv, column, pos_B, live_B)
 
 
 def read(
     config: ModelConfig,
     spec: SlotSpec,
-    slot: Slot,
+    slot: Any,
     q_BTNH: jax.Array,
     pos_BT: jax.Array,
     *,
@@ -86,85 +63,22 @@ def read(
 ) -> jax.Array:
     """What queries at `pos_BT`, rotated there, read of the slot, [B, T, N, H].
 
-    strict, window: of the layer that reads. Where there are sinks, positions are those in the cache (2309.17453, 3.2):
-    the tokens between sinks and window do not count. So the query moves towards the sinks, and keys are never rotated
-    again.
+    strict, window: of the layer that reads.
     """
-    limits = [limit for limit in (window, spec.window) if limit is not None]
-    k_pos_BS = slot.pos[:, 0]
-    mask = readable(pos_BT, k_pos_BS, None, None, strict=strict, window=min(limits) if limits else None)
-    first = None
-    if spec.sinks:
-        sinks = readable(pos_BT, k_pos_BS[:, : spec.sinks], None, None, strict=strict, window=window)
-        rest = mask[:, :, spec.sinks :] & (k_pos_BS[:, None, spec.sinks :] >= spec.sinks)
-        mask = jnp.concatenate([sinks, rest], axis=2)
-        first = First(spec.sinks, _moved(config, q_BTNH, jnp.maximum(pos_BT - (spec.sinks + spec.cells - 1), 0)))
-    return attend_cells(
-        q_BTNH, slot.k, slot.v, mask[:, None], k_scale_BKS=slot.k_scale, v_scale_BKS=slot.v_scale, first=first
-    )
+    return _KINDS[type(spec)].read(config, spec, slot, q_BTNH, pos_BT, strict=strict, window=window)
 
 
-def grown(spec: SlotSpec, slot: Slot) -> Slot:
-    """The slot with as many cells as `spec` says, the new ones empty and last; a ring keeps its size."""
-    size = spec.sinks + spec.cells
-    return _padded(slot, size - slot.pos.shape[_CELLS])
+def grown(spec: SlotSpec, slot: Any) -> Any:
+    """The slot with as much room as `spec` says, the new cells empty; one of constant size keeps its size."""
+    return _KINDS[type(spec)].grown(spec, slot)
 
 
-# ---------------------------------------------------------------- cells
+def bytes_held(config: ModelConfig, specs: tuple[SlotSpec, ...], batch: int) -> int:
+    """Bytes of the cache of `batch` rows as they lie in memory: keys, values, scales and positions."""
+    return batch * sum(_KINDS[type(spec)].row_bytes(config, spec) for spec in specs)
 
 
-def _moved(config: ModelConfig, q_BTNH: jax.Array, back_BT: jax.Array) -> jax.Array:
-    """Rotated queries as if they stood `back_BT` positions earlier."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, wider(q_BTNH.dtype))
-    return rotate(q_BTNH, *rope_tables(-back_BT, frequencies))
-
-
-def _encode(codec: str, k: jax.Array, v: jax.Array, pos: jax.Array) -> Slot:
-    if codec == "raw":
-        return Slot(k, v, None, None, pos)
-    (k, k_scale), (v, v_scale) = (_codes(codec, x) for x in (k, v))
-    return Slot(k, v, k_scale, v_scale, pos)
-
-
-def _codes(codec: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x = codes * scale with one scale for each token and head, to half a scale; a token of zeros has scale 1."""
-    x = x.astype(wider(x.dtype))
-    scale = jnp.max(jnp.abs(x), axis=-1) / _LARGEST[codec]
-    scale = jnp.where(scale == 0.0, 1.0, scale)
-    return jnp.round(x / scale[..., None]).astype(codec), scale
-
-
-def _last(tokens: Slot, size: int, ring: bool) -> Slot:
-    """The last `size` tokens, where `append` would have put them."""
-    columns = tokens.pos.shape[_CELLS]
-    if columns <= size:
-        return _padded(tokens, size - columns)
-    assert ring, "only a ring may be smaller than the prompt"
-    shift = (columns - size) % size
-    return jax.tree.map(lambda x: jnp.roll(x[:, :, -size:], shift, axis=_CELLS), tokens)
-
-
-def _first(tokens: Slot, size: int, padding_B: jax.Array) -> Slot:
-    """The first `size` tokens of each row, behind its padding; EMPTY where a row has fewer."""
-    columns = tokens.pos.shape[_CELLS]
-    place_BS = padding_B[:, None] + jnp.arange(size)[None]
-    place = jnp.minimum(place_BS, columns - 1)[:, None]
-    first = jax.tree.map(lambda x: jnp.take_along_axis(x, _spread(place, x), axis=_CELLS), tokens)
-    return first._replace(pos=jnp.where(place_BS[:, None] < columns, first.pos, EMPTY))
-
-
-def _joined(left: Slot, right: Slot) -> Slot:
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=_CELLS), left, right)
-
-
-def _padded(slot: Slot, more: int) -> Slot:
-    def pad(x: jax.Array, value: int) -> jax.Array:
-        return jnp.pad(x, [(0, more if axis == _CELLS else 0) for axis in range(x.ndim)], constant_values=value)
-
-    padded = jax.tree.map(lambda x: pad(x, 0), slot)
-    return padded._replace(pos=pad(slot.pos, EMPTY))
-
-
-def _spread(x_BKS: jax.Array, like: jax.Array) -> jax.Array:
-    """[B, K, S] as [B, K, S, 1] where `like` has a last axis of numbers."""
-    return x_BKS if like.ndim == x_BKS.ndim else x_BKS[..., None]
+def bytes_read_per_step(config: ModelConfig, specs: tuple[SlotSpec, ...], batch: int) -> int:
+    """Bytes of the cache that one decoded token of each row reads: every layer reads its source's whole slot."""
+    by_owner = {spec.owner: bytes_held(config, (spec,), batch) for spec in specs}
+    return sum(by_owner[source] for source in config.sharing.sources)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,15 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.cache import Cache, fill, grown, next_positions
-from lckv_jax.decode.sampling import Sampling, choose, penalised, row_keys
-from lckv_jax.decode.spec import CacheSpec, SlotSpec, slot_specs
-from lckv_jax.decode.step import Weights, decode_step, decode_weights
+from lckv_jax.decode.loop import Chosen, decode, grow, prefill, unstack
+from lckv_jax.decode.sampling import Sampling, row_keys
+from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.errors import UserError
-from lckv_jax.model.attention import wider
 from lckv_jax.model.layers import Params
 from lckv_jax.model.refine import Passes, stop_rule
-from lckv_jax.model.transformer import head_matrix, hidden_states
 
 _BUCKET = 256  # columns by which a cache grows: early steps do not read what late ones need
 _SEGMENT = 64  # steps between looks at whether every row has ended
@@ -37,15 +33,6 @@ class Generated(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     passes: int
-
-
-class _Loop(NamedTuple):
-    """What a decode step hands to the next. tokens: the newest of each row, not yet in the cache."""
-
-    cache: Cache
-    tokens_B: jax.Array
-    live_B: jax.Array
-    seen_BV: jax.Array | None
 
 
 def generate(
@@ -127,7 +114,7 @@ class _Options(NamedTuple):
 class _Piece(NamedTuple):
     """New tokens [steps, B] on the host, and the passes that each row's prompt took."""
 
-    chosen: _Chosen
+    chosen: Chosen
     passes_B: np.ndarray
 
 
@@ -152,35 +139,27 @@ def _pieces(
     columns = tokens_BT.shape[1]
     total = min(columns + left, _ENDLESS)
     specs = slot_specs(config, spec, _bucket(columns + 1), total)
-    loop, chosen, used_B = _prefill(params, config, specs, passes, sampling, tokens_BT, padding_B, keys_B, stops)
-    weights = _weights(params, config)
+    loop, chosen, used_B = prefill(params, config, specs, passes, sampling, tokens_BT, padding_B, keys_B, stops)
+    weights = unstack(params, config)
     yield _Piece(_on_host(jax.tree.map(lambda x: x[None], chosen)), np.asarray(used_B))
     left -= 1
     while left and bool(loop.live_B.any()):
         size = _bucket(columns + 1)
         if size != _bucket(columns):
             specs = slot_specs(config, spec, size, total)
-            loop = loop._replace(cache=_grow(specs, loop.cache))
+            loop = loop._replace(cache=grow(specs, loop.cache))
         steps = min(left, segment, size - columns)
-        loop, chosen = _decode(weights, config, specs, sampling, steps, loop, keys_B, stops)
+        loop, chosen = decode(weights, config, specs, sampling, steps, loop, keys_B, stops)
         yield _Piece(_on_host(chosen), np.asarray(used_B))
         columns, left = columns + steps, left - steps
 
 
-def _on_host(chosen: _Chosen) -> _Chosen:
+def _on_host(chosen: Chosen) -> Chosen:
     """Raises UserError if the model gave numbers that are none."""
     chosen = jax.device_get(chosen)
     if not np.isfinite(chosen.logprob[chosen.live]).all():
         raise UserError("the model's logits are not finite; was it trained to its end? Check it with `evaluate`")
     return chosen
-
-
-class _Chosen(NamedTuple):
-    """New tokens [B] or [steps, B]: which, how likely, and whether the row had not ended before."""
-
-    token: jax.Array
-    logprob: jax.Array
-    live: jax.Array
 
 
 def _bucket(columns: int) -> int:
@@ -209,74 +188,3 @@ def _padded_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[
     for row, ids in zip(tokens, lists):
         row[length - ids.size :] = ids
     return tokens, np.array([length - ids.size for ids in lists], np.int32)
-
-
-@partial(jax.jit, static_argnames="config")
-def _weights(params: Params, config: ModelConfig) -> Weights:
-    return decode_weights(params, config)
-
-
-@partial(jax.jit, static_argnames="specs")
-def _grow(specs: tuple[SlotSpec, ...], cache: Cache) -> Cache:
-    return cache._replace(slots={spec.owner: grown(spec, cache.slots[spec.owner]) for spec in specs})
-
-
-@partial(jax.jit, static_argnames=("config", "specs", "passes", "sampling"))
-def _prefill(
-    params: Params,
-    config: ModelConfig,
-    specs: tuple[SlotSpec, ...],
-    passes: Passes,
-    sampling: Sampling | None,
-    tokens_BT: jax.Array,
-    padding_B: jax.Array,
-    keys_B: jax.Array,
-    stops: jax.Array,
-) -> tuple[_Loop, _Chosen, jax.Array]:
-    """The prompts' K,V in a cache, the first new token of each row, and the passes that the row took."""
-    B, T = tokens_BT.shape
-    pos_BT = jnp.maximum(jnp.arange(T, dtype=jnp.int32)[None] - padding_B[:, None], -1)
-    hidden = hidden_states(params, config, tokens_BT, positions_BT=pos_BT, passes=passes)
-    x_BD, head = hidden.x_BTD[:, -1], head_matrix(params, config)
-    logits_BV = jnp.einsum("BD,DV->BV", x_BD, head, preferred_element_type=wider(x_BD.dtype))
-    seen_BV = None
-    if sampling is not None and sampling.repetition_penalty != 1.0:
-        rows = jnp.arange(B)[:, None]
-        seen_BV = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BT].max(pos_BT >= 0)
-    loop = _Loop(fill(specs, hidden.slots, padding_B), tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
-    loop, chosen = _choose(sampling, loop, logits_BV, keys_B, stops)
-    return loop, chosen, hidden.passes
-
-
-@partial(jax.jit, static_argnames=("config", "specs", "sampling", "steps"), donate_argnames="loop")
-def _decode(
-    weights: Weights,
-    config: ModelConfig,
-    specs: tuple[SlotSpec, ...],
-    sampling: Sampling | None,
-    steps: int,
-    loop: _Loop,
-    keys_B: jax.Array,
-    stops: jax.Array,
-) -> tuple[_Loop, _Chosen]:
-    """`steps` new tokens of every row."""
-
-    def one(loop: _Loop, _: None) -> tuple[_Loop, _Chosen]:
-        logits_BV, cache = decode_step(weights, config, specs, loop.cache, loop.tokens_B, loop.live_B)
-        return _choose(sampling, loop._replace(cache=cache), logits_BV, keys_B, stops)
-
-    return jax.lax.scan(one, loop, None, length=steps)
-
-
-def _choose(
-    sampling: Sampling | None, loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, stops: jax.Array
-) -> tuple[_Loop, _Chosen]:
-    """The next token of each row, and the loop that goes on from it."""
-    token_B = choose(sampling, penalised(sampling, logits_BV, loop.seen_BV), keys_B, next_positions(loop.cache))
-    picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    logprob_B = picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    seen_BV = loop.seen_BV
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
-    goes_on_B = loop.live_B & ~jnp.isin(token_B, stops)
-    return _Loop(loop.cache, token_B, goes_on_B, seen_BV), _Chosen(token_B, logprob_B, loop.live_B)

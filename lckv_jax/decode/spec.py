@@ -7,15 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from lckv_jax.config import ModelConfig
+from lckv_jax.decode.codecs import CODE_BYTES
 from lckv_jax.errors import UserError
-from lckv_jax.model.attention import wider
 
 _POLICIES = {"full": (), "window": ("window",), "sinks": ("sinks", "window")}
-_CODE_BYTES = {"raw": 0.0, "int8": 1.0, "int4": 0.5}
-_POSITION_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -41,10 +37,10 @@ class CacheSpec:
         if len(parts) > 2 or not all(parts):
             raise UserError(f"cache: {spec!r} is not POLICY+CODEC; write, for example, sinks(4,1020)+int8")
         policy, codec = (parts[0], parts[1]) if len(parts) == 2 else (parts[0], "raw")
-        if len(parts) == 1 and policy in _CODE_BYTES:
+        if len(parts) == 1 and policy in CODE_BYTES:
             policy, codec = "full", policy
-        if codec not in _CODE_BYTES:
-            raise UserError(f"cache: there is no codec {codec!r}; {_near(codec, _CODE_BYTES)}")
+        if codec not in CODE_BYTES:
+            raise UserError(f"cache: there is no codec {codec!r}; {_near(codec, CODE_BYTES)}")
         match = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", policy)
         if not match or match[1] not in _POLICIES:
             raise UserError(f"cache: there is no policy {policy!r}; {_near(policy, _POLICIES)}")
@@ -70,8 +66,8 @@ def _near(name: str, known: object) -> str:
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"  # pyright: ignore
 
 
-class SlotSpec(NamedTuple):
-    """What the slot of one owner keeps.
+class CellsSpec(NamedTuple):
+    """What the slot of one owner keeps in plain cells.
 
     cells: of keys and values for each row. ring: whether column c of the tokens lies in cell c modulo `cells`, else in
     cell c. sinks: the first tokens of each row kept beside them. window: tokens that a reader may read at most, itself
@@ -86,6 +82,9 @@ class SlotSpec(NamedTuple):
     codec: str
 
 
+SlotSpec = CellsSpec  # what the slot of one owner keeps
+
+
 def slot_specs(config: ModelConfig, spec: CacheSpec, columns: int, total: int | None = None) -> tuple[SlotSpec, ...]:
     """What each slot of the model keeps of `columns` columns of tokens, prompt and new ones together.
 
@@ -98,26 +97,7 @@ def slot_specs(config: ModelConfig, spec: CacheSpec, columns: int, total: int | 
         window = config.window if windowed else spec.window if spec.policy != "full" else None
         sinks = 0 if windowed else spec.sinks
         if window is None or window >= total:
-            specs.append(SlotSpec(owner, columns, False, 0, None, spec.codec))
+            specs.append(CellsSpec(owner, columns, False, 0, None, spec.codec))
         else:
-            specs.append(SlotSpec(owner, window, True, sinks, window, spec.codec))
+            specs.append(CellsSpec(owner, window, True, sinks, window, spec.codec))
     return tuple(specs)
-
-
-def bytes_held(config: ModelConfig, specs: tuple[SlotSpec, ...], batch: int) -> int:
-    """Bytes of the cache of `batch` rows: keys, values, scales and positions, as they lie in memory."""
-    return sum(batch * (slot.cells + slot.sinks) * _cell_bytes(config, slot.codec) for slot in specs)
-
-
-def bytes_read_per_step(config: ModelConfig, specs: tuple[SlotSpec, ...], batch: int) -> int:
-    """Bytes of the cache that one decoded token of each row reads: every layer reads its source's whole slot."""
-    by_owner = dict(zip(config.sharing.owners, specs))
-    return sum(bytes_held(config, (by_owner[source],), batch) for source in config.sharing.sources)
-
-
-def _cell_bytes(config: ModelConfig, codec: str) -> int:
-    numbers = 2 * config.num_kv_heads * config.head_dim
-    if codec == "raw":
-        return numbers * jnp.dtype(config.dtype).itemsize + _POSITION_BYTES
-    scales = 2 * config.num_kv_heads * wider(jnp.dtype(config.dtype)).itemsize
-    return int(numbers * _CODE_BYTES[codec]) + scales + _POSITION_BYTES
