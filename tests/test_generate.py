@@ -141,7 +141,7 @@ def test_the_compiled_loop_copies_no_slot(golden, case):
         lambda p, t, r, k, s: programs.prefill(p, config, specs, "trained", None, t, r, k, s),
         shapes, tokens, rows, keys, stops,
     )  # fmt: skip
-    weights = jax.eval_shape(lambda p: module._weights(p, config), shapes)
+    weights = jax.eval_shape(lambda p: programs.unstack(p, config), shapes)
     compiled = programs.decode.lower(weights, config, specs, None, 8, loop, keys, stops).compile()
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(loop.cache))
     slot = B * config.num_kv_heads * columns * config.head_dim

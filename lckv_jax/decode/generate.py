@@ -12,7 +12,7 @@ import numpy as np
 from lckv_jax.config import ModelConfig
 from lckv_jax.decode.loop import Chosen, decode, grow, prefill, unstack
 from lckv_jax.decode.sampling import Sampling, row_keys
-from lckv_jax.decode.spec import CacheSpec, slot_specs
+from lckv_jax.decode.spec import CacheSpec, grows, slot_specs
 from lckv_jax.errors import UserError
 from lckv_jax.model.layers import Params
 from lckv_jax.model.refine import Passes, stop_rule
@@ -97,7 +97,7 @@ def stream(
     max_new_tokens: None = without end, which only a cache of constant size can do. Raises UserError for one that grows.
     """
     spec = CacheSpec.parse(cache)
-    if max_new_tokens is None and any(not slot.ring for slot in slot_specs(config, spec, _ENDLESS)):
+    if max_new_tokens is None and any(grows(slot) for slot in slot_specs(config, spec, _ENDLESS)):
         raise UserError(f"cache {spec} grows without end; give max_new_tokens, or a cache such as sinks(4,1020)")
     options = _Options(spec, passes, sampling, np.array(sorted(stop), np.int32))
     for piece in _pieces(params, config, [prompt], max_new_tokens, options, every):
