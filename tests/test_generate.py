@@ -134,14 +134,11 @@ def test_the_compiled_loop_copies_no_slot(golden, case):
     params, config = load_hub(golden / case)
     columns, B = 4096, 8
     specs = slot_specs(config, CacheSpec.parse("full"), columns)
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
-    tokens, rows = jax.ShapeDtypeStruct((B, 16), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
-    keys, stops = jax.eval_shape(lambda: module.row_keys(Sampling(), B)), jax.ShapeDtypeStruct((0,), jnp.int32)
-    loop, _, _ = jax.eval_shape(
-        lambda p, t, r, k, s: programs.prefill(p, config, specs, "trained", None, t, r, k, s),
-        shapes, tokens, rows, keys, stops,
-    )  # fmt: skip
-    weights = jax.eval_shape(lambda p: programs.unstack(p, config), shapes)
+    weights = jax.eval_shape(lambda: programs.unstack(jax.tree.map(jnp.asarray, params), config))
+    prompts = programs.Prompts(np.zeros((B, 16), np.int32), np.zeros(B, np.int32), module.row_keys(Sampling(), B))
+    stops = np.zeros(0, np.int32)
+    loop, _, _ = jax.eval_shape(lambda w: programs.prefill(w, config, specs, "trained", None, prompts, stops), weights)
+    keys = prompts.keys_B
     compiled = programs.decode.lower(weights, config, specs, None, 8, loop, keys, stops).compile()
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(loop.cache))
     slot = B * config.num_kv_heads * columns * config.head_dim

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.loop import Chosen, decode, grow, prefill, unstack
+from lckv_jax.decode.loop import Chosen, Prompts, decode, grow, prefill, unstack
 from lckv_jax.decode.sampling import Sampling, row_keys
 from lckv_jax.decode.spec import CacheSpec, grows, slot_specs
+from lckv_jax.decode.step import Weights
 from lckv_jax.errors import UserError
 from lckv_jax.model.layers import Params
 from lckv_jax.model.refine import Passes, stop_rule
@@ -36,7 +37,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    params: Params,
+    params: Params | Weights,
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -54,7 +55,7 @@ def generate(
 
 
 def generate_rows(
-    params: Params,
+    params: Params | Weights,
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -81,7 +82,7 @@ def generate_rows(
 
 
 def stream(
-    params: Params,
+    params: Params | Weights,
     config: ModelConfig,
     prompt: Sequence[int],
     max_new_tokens: int | None = None,
@@ -119,7 +120,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(
-    params: Params,
+    params: Params | Weights,
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | None,
@@ -132,25 +133,25 @@ def _pieces(
     if left < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}; give 1 or more")
     tokens_BT, padding_B = _padded_prompts(prompts, config.vocab_size)
-    params = jax.tree.map(jnp.asarray, params)
     config = config.model_copy(update={"attention": "auto"})
+    weights = params if isinstance(params, Weights) else unstack(jax.tree.map(jnp.asarray, params), config)
     spec, passes, sampling, stops = options
     keys_B = row_keys(sampling or Sampling(), len(prompts))
-    columns = tokens_BT.shape[1]
+    prompt = columns = tokens_BT.shape[1]
     total = min(columns + left, _ENDLESS)
-    specs = slot_specs(config, spec, _bucket(columns + 1), total)
-    loop, chosen, used_B = prefill(params, config, specs, passes, sampling, tokens_BT, padding_B, keys_B, stops)
-    weights = unstack(params, config)
-    yield _Piece(_on_host(jax.tree.map(lambda x: x[None], chosen)), np.asarray(used_B))
+    specs = slot_specs(config, spec, _bucket(columns + 1), total, prompt=prompt)
+    loop, chosen, used = prefill(weights, config, specs, passes, sampling, Prompts(tokens_BT, padding_B, keys_B), stops)
+    passes_B = np.asarray(used.passes_B)
+    yield _Piece(_on_host(jax.tree.map(lambda x: x[None], chosen)), passes_B)
     left -= 1
     while left and bool(loop.live_B.any()):
         size = _bucket(columns + 1)
         if size != _bucket(columns):
-            specs = slot_specs(config, spec, size, total)
+            specs = slot_specs(config, spec, size, total, prompt=prompt)
             loop = loop._replace(cache=grow(specs, loop.cache))
         steps = min(left, segment, size - columns)
         loop, chosen = decode(weights, config, specs, sampling, steps, loop, keys_B, stops)
-        yield _Piece(_on_host(chosen), np.asarray(used_B))
+        yield _Piece(_on_host(chosen), passes_B)
         columns, left = columns + steps, left - steps
 
 

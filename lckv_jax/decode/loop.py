@@ -7,16 +7,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cache import Cache, fill, grown, next_positions
+from lckv_jax.decode.prefill import prefill_rows
 from lckv_jax.decode.sampling import Sampling, choose, penalised
 from lckv_jax.decode.spec import SlotSpec
-from lckv_jax.decode.step import Weights, decode_step, decode_weights
-from lckv_jax.model.attention import wider
-from lckv_jax.model.layers import Params
+from lckv_jax.decode.step import Weights, decode_step, decode_weights, head_logits
 from lckv_jax.model.refine import Passes
-from lckv_jax.model.transformer import head_matrix, hidden_states
+
+_GROUP_TOKENS = 2**16  # of prompts that go through the model together
+_GROUP_SCORES = 2**28  # of their attention, where a kernel holds them all: a gigabyte
 
 
 class Loop(NamedTuple):
@@ -44,31 +46,111 @@ def grow(specs: tuple[SlotSpec, ...], cache: Cache) -> Cache:
     return cache._replace(slots={spec.owner: grown(spec, cache.slots[spec.owner]) for spec in specs})
 
 
-@partial(jax.jit, static_argnames=("config", "specs", "passes", "sampling"))
+class Prompts(NamedTuple):
+    """tokens_BT with padding_B columns of padding in front, and the random keys of the rows, [B]."""
+
+    tokens_BT: jax.Array | np.ndarray
+    padding_B: jax.Array | np.ndarray
+    keys_B: jax.Array
+
+
+class Used(NamedTuple):
+    """The passes that each prompt took, and the relative K,V change of the last, both [B]."""
+
+    passes_B: jax.Array
+    residual_B: jax.Array
+
+
+class Tiles(NamedTuple):
+    """How many prompts go through the model together, and how many columns of them at once."""
+
+    rows: int
+    chunk: int
+
+
+def tiles(config: ModelConfig, batch: int, columns: int) -> Tiles:
+    """Rows and columns such that activations stay small beside weights and cache, however many prompts there are."""
+    scores = config.num_heads * columns  # of one query, in the reference attention
+    chunk = max(1, min(columns, _GROUP_TOKENS // 16, _GROUP_SCORES // scores))
+    chunk = max(size for size in range(1, chunk + 1) if columns % size == 0)
+    rows = max(1, min(batch, _GROUP_TOKENS // columns, _GROUP_SCORES // (scores * chunk)))
+    return Tiles(-(-batch // -(-batch // rows)), chunk)  # groups of one size
+
+
 def prefill(
-    params: Params,
+    weights: Weights,
     config: ModelConfig,
     specs: tuple[SlotSpec, ...],
     passes: Passes,
     sampling: Sampling | None,
-    tokens_BT: jax.Array,
-    padding_B: jax.Array,
-    keys_B: jax.Array,
-    stops: jax.Array,
-) -> tuple[Loop, Chosen, jax.Array]:
-    """The prompts' K,V in a cache, the first new token of each row, and the passes that the row took."""
+    prompts: Prompts,
+    stops: jax.Array | np.ndarray,
+) -> tuple[Loop, Chosen, Used]:
+    """The prompts' K,V in a cache, the first new token of each row, and the passes that the row took.
+
+    One group of rows after another, each straight into its place.
+    """
+    (B, T), plain = prompts.tokens_BT.shape, not np.asarray(prompts.padding_B).any()
+    rows, chunk = tiles(config, B, T)
+    group = partial(prefill_group, weights, config, specs, passes, sampling, chunk, plain)
+    if rows == B:
+        return group(prompts, stops)
+    whole = None
+    for start in range(0, B, rows):
+        first = min(start, B - rows)  # all groups are of one size
+        part = group(_some(prompts, slice(first, first + rows)), stops)
+        whole = place(room(part, B) if whole is None else whole, part, first)
+    assert whole is not None, "there are prompts"
+    return whole
+
+
+def _some(prompts: Prompts, rows: slice) -> Prompts:
+    return Prompts(prompts.tokens_BT[rows], prompts.padding_B[rows], prompts.keys_B[rows])
+
+
+@partial(jax.jit, static_argnames=("config", "specs", "passes", "sampling", "chunk", "plain"))
+def prefill_group(
+    weights: Weights,
+    config: ModelConfig,
+    specs: tuple[SlotSpec, ...],
+    passes: Passes,
+    sampling: Sampling | None,
+    chunk: int,
+    plain: bool,
+    prompts: Prompts,
+    stops: jax.Array | np.ndarray,
+) -> tuple[Loop, Chosen, Used]:
+    """What `prefill` does for one group of rows, `chunk` columns at once. plain: no row has padding."""
+    tokens_BT, padding_B, keys_B = (jnp.asarray(x) for x in prompts)
     B, T = tokens_BT.shape
     pos_BT = jnp.maximum(jnp.arange(T, dtype=jnp.int32)[None] - padding_B[:, None], -1)
-    hidden = hidden_states(params, config, tokens_BT, positions_BT=pos_BT, passes=passes)
-    x_BD, head = hidden.x_BTD[:, -1], head_matrix(params, config)
-    logits_BV = jnp.einsum("BD,DV->BV", x_BD, head, preferred_element_type=wider(x_BD.dtype))
+    done = prefill_rows(weights, config, tokens_BT, pos_BT, passes, chunk=chunk, observed={}, plain=plain)
     seen_BV = None
     if sampling is not None and sampling.repetition_penalty != 1.0:
         rows = jnp.arange(B)[:, None]
         seen_BV = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BT].max(pos_BT >= 0)
-    loop = Loop(fill(specs, hidden.slots, padding_B), tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
-    loop, chosen = _choose(sampling, loop, logits_BV, keys_B, stops)
-    return loop, chosen, hidden.passes
+    loop = Loop(fill(specs, done.kvs, padding_B), tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
+    loop, chosen = _choose(sampling, loop, head_logits(weights, done.x_BD), keys_B, stops)
+    return loop, chosen, Used(done.passes_B, done.residual_B)
+
+
+Filled = tuple[Loop, Chosen, Used]
+
+
+@partial(jax.jit, static_argnames="batch")
+def room(part: Filled, batch: int) -> Filled:
+    """Arrays for `batch` rows of what `part` is for some."""
+    return jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype) if x.ndim else x, part)
+
+
+@partial(jax.jit, donate_argnames="whole")
+def place(whole: Filled, part: Filled, start: jax.Array) -> Filled:
+    """`whole` with `part` in the rows from `start` on."""
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0) if part.ndim else part
+
+    return jax.tree.map(put, whole, part)
 
 
 @partial(jax.jit, static_argnames=("config", "specs", "sampling", "steps"), donate_argnames="loop")
@@ -92,7 +174,7 @@ def decode(
 
 
 def _choose(
-    sampling: Sampling | None, loop: Loop, logits_BV: jax.Array, keys_B: jax.Array, stops: jax.Array
+    sampling: Sampling | None, loop: Loop, logits_BV: jax.Array, keys_B: jax.Array, stops: jax.Array | np.ndarray
 ) -> tuple[Loop, Chosen]:
     """The next token of each row, and the loop that goes on from it."""
     token_B = choose(sampling, penalised(sampling, logits_BV, loop.seen_BV), keys_B, next_positions(loop.cache))

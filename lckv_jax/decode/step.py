@@ -77,9 +77,13 @@ def decode_step(
         )
         x = x + attention(config, p, x, reads, context)
         x = x + mlp(config, p, x)
-    x = rms_norm(x[:, 0][:, None], weights.final_norm_D, config.norm_eps)[:, 0]
-    logits_BV = jnp.einsum("BD,DV->BV", x, weights.head_DV, preferred_element_type=wider(x.dtype))
-    return logits_BV, Cache(slots, cache.column + 1, cache.padding_B)
+    x_BD = rms_norm(x, weights.final_norm_D, config.norm_eps)[:, 0]
+    return head_logits(weights, x_BD), Cache(slots, cache.column + 1, cache.padding_B)
+
+
+def head_logits(weights: Weights, x_BD: jax.Array) -> jax.Array:
+    """Logits [B, V] in float32 or wider."""
+    return jnp.einsum("BD,DV->BV", x_BD, weights.head_DV, preferred_element_type=wider(x_BD.dtype))
 
 
 def step_bytes(weights: Weights) -> int:

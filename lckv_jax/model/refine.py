@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -107,36 +108,60 @@ def solve_rows(
 ) -> Solved:
     """The span evaluated once, or, if it is cyclic, by as many passes as each row needs; carries no gradient.
 
-    One loop whose state is K,V. A row that is done keeps its K,V, so that it never depends on its batch mates. The pass
-    that hands its output on comes last and counts: a row's passes are those that made its K,V, and one.
+    The pass that hands its output on comes last and counts: a row's passes are those that made its K,V, and one.
     """
     inputs = Inputs([take_stack(params, config, run) for run in config.sharing.runs(span)], x_BTD, slots)
     if not span.cyclic:
         x, own = _last_pass(config, span, inputs, {}, context)
         return Solved(x, own, jnp.ones((), jnp.int32), jnp.zeros((), jnp.float32))
-    limit_B = _longest_document(context) if stop.limit is None else jnp.full(x_BTD.shape[0], stop.limit)
-    read, made_B = _start(config, span, inputs, context), jnp.zeros_like(limit_B)
-    if config.start == "zero" and stop.limit != 1:  # before the loop, because it has less to do
-        read, made_B = _kv_pass(config, span, inputs, read, context), jnp.minimum(1, limit_B - 1)
+    start = _start(config, span, inputs, context)
+    read, made_B, limit_B = repeat_rows(start, partial(_kv_pass, config, span, inputs, context=context), stop, context)
+    x, own = _last_pass(config, span, inputs, read, context)
+    return Solved(x, own, made_B + 1, last_change(config, span, own, read, stop, context, made_B + 1 >= limit_B))
+
+
+def repeat_rows(
+    start: Slots, kv_pass: Callable[[Slots], Slots], stop: Stop, context: Context
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """The K,V that the last pass over a cyclic span reads, the passes that made them, and the most that each row may
+    make, with the last: both int32 [B].
+
+    kv_pass: from the K,V of the pass before to those of the next. One loop whose state is K,V. A row that is done keeps
+    its K,V, so that it never depends on its batch mates.
+    """
+    limit_B = _longest_document(context) if stop.limit is None else jnp.full(context.pos_BT.shape[0], stop.limit)
+    read, made_B = start, jnp.zeros_like(limit_B)
+    if stop.limit == 1:
+        return read, made_B, limit_B
+    if not start:  # before the loop, because it has less to do
+        read, made_B = kv_pass(start), jnp.minimum(1, limit_B - 1)
 
     def unfinished(state: tuple[Slots, jax.Array, jax.Array]) -> jax.Array:
         return state[2].any()
 
     def one_more(state: tuple[Slots, jax.Array, jax.Array]) -> tuple[Slots, jax.Array, jax.Array]:
         old, made_B, open_B = state
-        new = _kv_pass(config, span, inputs, old, context)
+        new = kv_pass(old)
         moves_B = largest_change(new, old, context) > stop.tolerance
         new = jax.tree.map(lambda now, before: jnp.where(open_B[:, None, None, None], now, before), new, old)
         made_B = made_B + open_B.astype(made_B.dtype)
         return new, made_B, open_B & moves_B & (made_B + 1 < limit_B)
 
-    if stop.limit != 1:
-        read, made_B, _ = jax.lax.while_loop(unfinished, one_more, (read, made_B, made_B + 1 < limit_B))
-    x, own = _last_pass(config, span, inputs, read, context)
+    read, made_B, _ = jax.lax.while_loop(unfinished, one_more, (read, made_B, made_B + 1 < limit_B))
+    return read, made_B, limit_B
+
+
+def last_change(
+    config: ModelConfig, span: Span, own: Slots, read: Slots, stop: Stop, context: Context, at_limit_B: jax.Array
+) -> jax.Array:
+    """The relative K,V change of the last pass in each row, float32 [B].
+
+    at_limit_B: rows that made all the passes they may.
+    """
     residual_B = largest_change({owner: own[owner] for owner in config.sharing.upward_sources(span)}, read, context)
     if stop.limit is None:  # after as many passes as the longest document has tokens nothing is left to change
-        residual_B = jnp.where(made_B + 1 >= limit_B, 0.0, residual_B)
-    return Solved(x, own, made_B + 1, residual_B)
+        residual_B = jnp.where(at_limit_B, 0.0, residual_B)
+    return residual_B
 
 
 def _longest_document(context: Context) -> jax.Array:
