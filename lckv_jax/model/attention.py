@@ -138,6 +138,44 @@ def attend_cells(
     mask_BKTS: which cells each query may read; K may be 1. Scales, where given, multiply the keys and values of a cell,
     which may then be integers. A query with nothing to read gets exactly zeros. Softmax in float32 or wider.
     """
+    softmax = _softmax(q_BTNH, k_BKSH, mask_BKTS, k_scale_BKS, first)
+    return _values(softmax, v_BKSH, v_scale_BKS, q_BTNH.dtype)
+
+
+def attend_and_weigh(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask_BKTS: jax.Array,
+    *,
+    k_scale_BKS: jax.Array | None = None,
+    v_scale_BKS: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_cells`, and how much was read of each cell: probabilities summed over queries and their heads, [B, K, S],
+    in float32 or wider."""
+    softmax = _softmax(q_BTNH, k_BKSH, mask_BKTS, k_scale_BKS, None)
+    return _values(softmax, v_BKSH, v_scale_BKS, q_BTNH.dtype), _mass(softmax)
+
+
+def attention_mass(q_BTNH: jax.Array, k_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """How much queries read of each key: probabilities summed over queries and their heads, [B, K, S], in float32 or
+    wider.
+
+    mask_BTS: see `readable`. All logits at once: give long prompts in pieces of T.
+    """
+    return _mass(_softmax(q_BTNH, k_BSKH.swapaxes(1, 2), mask_BTS[:, None], None, None))
+
+
+class _Softmax(NamedTuple):
+    """Probabilities as weights [B, K, G, T, S] over their total [B, K, G, T], which is never 0."""
+
+    weights: jax.Array
+    total: jax.Array
+
+
+def _softmax(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, mask_BKTS: jax.Array, k_scale_BKS: jax.Array | None, first: First | None
+) -> _Softmax:
     (B, T, N, H), K = q_BTNH.shape, k_BKSH.shape[1]
     wide = wider(q_BTNH.dtype)
 
@@ -156,10 +194,22 @@ def attend_cells(
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
     total = weights.sum(axis=-1)
-    total = jnp.where(total == 0.0, 1.0, total)  # nothing to read: zeros over one
-    read = weights if v_scale_BKS is None else weights * v_scale_BKS[:, :, None, None, :].astype(wide)
-    dtype = q_BTNH.dtype
+    return _Softmax(weights, jnp.where(total == 0.0, 1.0, total))  # nothing to read: zeros over one
+
+
+def _mass(softmax: _Softmax) -> jax.Array:
+    return (softmax.weights / softmax.total[..., None]).sum(axis=(2, 3))
+
+
+def _values(softmax: _Softmax, v_BKSH: jax.Array, v_scale_BKS: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """What is read of the values, [B, T, N, H]."""
+    weights, total = softmax
+    B, K, G, T, _ = weights.shape
+    if v_scale_BKS is not None:
+        weights = weights * v_scale_BKS[:, :, None, None, :].astype(weights.dtype)
     # the transposition apart: XLA's CPU backend refuses it within a bfloat16 product that gives float32
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", read.astype(dtype), v_BKSH.astype(dtype), preferred_element_type=wide)
+    out = jnp.einsum(
+        "BKGTS,BKSH->BKGTH", weights.astype(dtype), v_BKSH.astype(dtype), preferred_element_type=total.dtype
+    )
     out = jnp.einsum("BKGTH->BTKGH", out / total[..., None])
-    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    return out.reshape(B, T, K * G, v_BKSH.shape[-1]).astype(dtype)
