@@ -88,7 +88,11 @@ def append(spec: BudgetSpec, slot: Budget, kv: KV, column: jax.Array, pos_B: jax
     cell_BK = jnp.argmax(slot.pos == EMPTY, axis=2)
     cell_BK = jnp.where(live_B[:, None], cell_BK, S)  # past the end, where nothing is written
     cells = jnp.arange(B)[:, None], jnp.arange(K)[None], cell_BK
-    return jax.tree.map(lambda old, x: _put(old, cells, x), slot._replace(score=None), new)._replace(score=slot.score)
+
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+        return old.at[cells].set(x, mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, slot._replace(score=None), new)._replace(score=slot.score)
 
 
 def read(
@@ -140,14 +144,6 @@ def grown(spec: BudgetSpec, slot: Budget) -> Budget:
         return jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)], constant_values=value)
 
     return jax.tree.map(lambda x: pad(x, 0), slot)._replace(pos=pad(slot.pos, EMPTY))
-
-
-def _put(old: jax.Array, cells: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
-    """`old` with `x` written into distinct cells, in place."""
-    dtype = old.dtype
-    if dtype.itemsize == 2:  # as bits: XLA's CPU backend scatters narrow floats by way of a float32 copy of all
-        old, x = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (old, x))
-    return old.at[cells].set(x, mode="drop", unique_indices=True).view(dtype)
 
 
 def _encode(codec: str, k: jax.Array, v: jax.Array, pos: jax.Array) -> Budget:
