@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.cache import Cache, fill, grown, next_positions
+from lckv_jax.decode.cache import Cache, fill, grown, next_positions, observed
 from lckv_jax.decode.prefill import prefill_rows
 from lckv_jax.decode.sampling import Sampling, choose, penalised
 from lckv_jax.decode.spec import SlotSpec
@@ -124,12 +124,14 @@ def prefill_group(
     tokens_BT, padding_B, keys_B = (jnp.asarray(x) for x in prompts)
     B, T = tokens_BT.shape
     pos_BT = jnp.maximum(jnp.arange(T, dtype=jnp.int32)[None] - padding_B[:, None], -1)
-    done = prefill_rows(weights, config, tokens_BT, pos_BT, passes, chunk=chunk, observed={}, plain=plain)
+    wanted = {spec.owner: observed(spec, T) for spec in specs}
+    wanted = {owner: queries for owner, queries in wanted.items() if queries}
+    done = prefill_rows(weights, config, tokens_BT, pos_BT, passes, chunk=chunk, observed=wanted, plain=plain)
     seen_BV = None
     if sampling is not None and sampling.repetition_penalty != 1.0:
         rows = jnp.arange(B)[:, None]
         seen_BV = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BT].max(pos_BT >= 0)
-    loop = Loop(fill(specs, done.kvs, padding_B), tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
+    loop = Loop(fill(specs, done.kvs, padding_B, done.masses), tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
     loop, chosen = _choose(sampling, loop, head_logits(weights, done.x_BD), keys_B, stops)
     return loop, chosen, Used(done.passes_B, done.residual_B)
 

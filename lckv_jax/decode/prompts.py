@@ -8,14 +8,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from lckv_jax.checkpoint import load
 from lckv_jax.config import read_overrides
 from lckv_jax.decode.generate import generate_rows, stream
+from lckv_jax.decode.loop import unstack
 from lckv_jax.decode.sampling import Sampling
+from lckv_jax.decode.step import Weights
 from lckv_jax.errors import UserError
 from lckv_jax.model_config import Frozen, ModelConfig, Positive
 
@@ -65,11 +67,13 @@ def generate_text(checkpoint: str | Path, overrides: Sequence[str]) -> None:
     params, run, tokenizer = load(checkpoint, report=partial(print, file=sys.stderr))
     if tokenizer is None:
         raise UserError(f"{checkpoint} has no tokenizer; put the one that it was trained with there")
+    weights = unstack(params, run.model)
+    del params  # the decoder has its own
     if prompts is not None:
-        _continue_all(params, run.model, tokenizer, prompts, config)
+        _continue_all(weights, run.model, tokenizer, prompts, config)
         return
     for prompt in [config.prompt] if config.prompt is not None else _typed():
-        _continue_one(params, run.model, tokenizer, prompt, config)
+        _continue_one(weights, run.model, tokenizer, prompt, config)
 
 
 def _verbatim(override: str) -> str:
@@ -87,11 +91,13 @@ def _typed() -> Iterator[str]:
             return
 
 
-def _continue_one(params: Any, model: ModelConfig, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> None:
+def _continue_one(
+    weights: Weights, model: ModelConfig, tokenizer: Tokenizer, prompt: str, config: GenerateConfig
+) -> None:
     """Prints the prompt and its continuation as it comes; a character only when all of its bytes are there."""
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     pieces = stream(
-        params,
+        weights,
         model,
         ids,
         config.max_new_tokens,
@@ -112,7 +118,7 @@ def _continue_one(params: Any, model: ModelConfig, tokenizer: Tokenizer, prompt:
 
 
 def _continue_all(
-    params: Any, model: ModelConfig, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig
+    weights: Weights, model: ModelConfig, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig
 ) -> None:
     if config.max_new_tokens is None:
         raise UserError("generate: max_new_tokens=null is for a single prompt; give a number for a file")
@@ -121,7 +127,7 @@ def _continue_all(
         texts = prompts[first : first + config.batch_size]
         sampling = config.sampling and config.sampling.model_copy(update={"seed": config.sampling.seed + first})
         rows = generate_rows(
-            params,
+            weights,
             model,
             [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts],
             config.max_new_tokens,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lckv_jax.config import ModelConfig
+from lckv_jax.decode.select import pyramid
 from lckv_jax.errors import UserError
 
 _POLICIES: dict[str, tuple[str, ...]] = {
@@ -161,8 +162,8 @@ class KiviSpec(NamedTuple):
 class BudgetSpec(NamedTuple):
     """What the slot of one owner keeps where each K/V head chooses its own tokens.
 
-    cells: of the tokens chosen, the last `recent` of the prompt among them. new: cells for tokens after the prompt.
-    select: as in `CacheSpec`.
+    cells: of the tokens chosen, the last `recent` of the prompt among them. new: cells for tokens after the prompt; h2o
+    has one, which is empty again after every step. select: as in `CacheSpec`.
     """
 
     owner: int
@@ -194,14 +195,29 @@ def slot_specs(
 
     total: the columns that there will ever be, by which it is decided whether a slot is a ring; None = `columns`.
     prompt: the columns of the prompt, after which some budgets choose.
+    A budget that would give up nothing is plain cells; that of pyramidkv differs from slot to slot, but does not depend
+    on the prompt, so that no row depends on the others of its batch.
     A slot that only sliding windows read keeps the model's own window whatever the policy, since that is the model's
     mathematics; the policy is for the others, the codec for all.
     """
     total = columns if total is None else total
+    slots = list(zip(config.sharing.owners, config.sharing.slot_windowed))
+    choosing = [owner for owner, windowed in slots if spec.policy == "budget" and not windowed]
+    budgets = pyramid(spec.cells, spec.recent, len(choosing)) if spec.select == "pyramidkv" else None
+    cells_of = dict(zip(choosing, budgets or [spec.cells] * len(choosing)))
     return tuple(
-        _slot_spec(config, spec, owner, windowed, columns, total)
-        for owner, windowed in zip(config.sharing.owners, config.sharing.slot_windowed)
+        _budget_spec(spec, owner, cells_of[owner], columns, total, prompt)
+        if owner in cells_of
+        else _slot_spec(config, spec, owner, windowed, columns, total)
+        for owner, windowed in slots
     )
+
+
+def _budget_spec(spec: CacheSpec, owner: int, cells: int, columns: int, total: int, prompt: int) -> SlotSpec:
+    online = spec.select == "h2o"
+    if cells >= (total if online else prompt):
+        return CellsSpec(owner, columns, False, 0, None, spec.codec)
+    return BudgetSpec(owner, cells, spec.recent, 1 if online else columns - prompt, spec.select, spec.codec)
 
 
 def _slot_spec(config: ModelConfig, spec: CacheSpec, owner: int, windowed: bool, columns: int, total: int) -> SlotSpec:

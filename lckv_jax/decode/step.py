@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.cache import Cache, append, next_positions, read
+from lckv_jax.decode.cache import Cache, append, commit, next_positions, read
 from lckv_jax.decode.spec import SlotSpec
 from lckv_jax.model.attention import wider
 from lckv_jax.model.layers import Params, attention, make_context, mlp, project_kv, rms_norm
@@ -53,30 +54,32 @@ def decode_step(
     """Logits [B, V] of what follows `tokens_B`, in float32 or wider, and the cache with these tokens.
 
     Layers run from the lowest to the highest, and an owner appends when it runs: a layer below it reads strictly
-    earlier tokens, as upward layers shall, and it and those above read this one too. Rows that are not live append
-    nothing, and their logits mean nothing.
+    earlier tokens, as upward layers shall, and it and those above read this one too. No slot gives up a token before
+    all have read it. Rows that are not live append nothing, and their logits mean nothing.
     """
     sharing, spec_of = config.sharing, dict(zip(config.sharing.owners, specs))
     pos_B = next_positions(cache)
     context = make_context(config, pos_B[:, None], None)
     x = weights.embed_VD[tokens_B][:, None].astype(config.dtype)
-    slots = dict(cache.slots)
+    slots, masses = dict(cache.slots), {owner: [] for owner in sharing.owners}
+
+    def reads(layer: int, q_BTNH: jax.Array) -> jax.Array:
+        source = sharing.sources[layer]
+        strict = sharing.upward[layer] or config.strict_everywhere
+        window = config.window if sharing.windowed[layer] else None
+        of_source = config, spec_of[source], slots[source]
+        out, mass = read(*of_source, q_BTNH, context.pos_BT, strict=strict, window=window)
+        masses[source] += [] if mass is None else [mass]
+        return out
+
     for layer, p in enumerate(weights.layers):
         if layer in sharing.owners:
             kv = project_kv(config, weights.kv[layer], x, context)
             slots[layer] = append(spec_of[layer], slots[layer], kv, cache.column, pos_B, live_B)
-        source = sharing.sources[layer]
-        reads = partial(
-            read,
-            config,
-            spec_of[source],
-            slots[source],
-            pos_BT=context.pos_BT,
-            strict=sharing.upward[layer] or config.strict_everywhere,
-            window=config.window if sharing.windowed[layer] else None,
-        )
-        x = x + attention(config, p, x, reads, context)
+        x = x + attention(config, p, x, partial(reads, layer), context)
         x = x + mlp(config, p, x)
+    for owner, mass in masses.items():
+        slots[owner] = commit(spec_of[owner], slots[owner], reduce(add, mass) if mass else None, pos_B, live_B)
     x_BD = rms_norm(x, weights.final_norm_D, config.norm_eps)[:, 0]
     return head_logits(weights, x_BD), Cache(slots, cache.column + 1, cache.padding_B)
 
