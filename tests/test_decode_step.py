@@ -11,7 +11,7 @@ from oracle import token_by_token
 from lckv_jax import ModelConfig
 from lckv_jax.decode.cache import append, bytes_held, bytes_read_per_step, fill
 from lckv_jax.decode.spec import CacheSpec, slot_specs
-from lckv_jax.decode.step import decode_step, decode_weights
+from lckv_jax.decode.step import decode_step, decode_weights, head_logits
 from lckv_jax.model.layers import KV
 from lckv_jax.model.transformer import hidden_states, init_params
 
@@ -68,7 +68,7 @@ def decode_logits(params, config, tokens_BT, cache, prompt=1, padding=None):
     )
     state, weights = fill(specs, hidden.slots, jnp.asarray(padding_B)), decode_weights(params, config)
     step = jax.jit(lambda state, tokens: decode_step(weights, config, specs, state, tokens, jnp.ones(B, bool)))
-    out = [hidden.x_BTD[:, -1] @ weights.head_DV]
+    out = [head_logits(weights, hidden.x_BTD[:, -1])]
     for t in range(prompt, T):
         logits, state = step(state, jnp.asarray(tokens_BT[:, t]))
         out.append(logits)

@@ -13,7 +13,7 @@ from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cache import Cache, append, commit, next_positions, read
 from lckv_jax.decode.spec import SlotSpec
 from lckv_jax.model.attention import wider
-from lckv_jax.model.layers import Params, attention, make_context, mlp, project_kv, rms_norm
+from lckv_jax.model.layers import OutputsFirst, Params, attention, make_context, mlp, project_kv, rms_norm
 from lckv_jax.model.transformer import head_matrix
 
 
@@ -27,20 +27,32 @@ class Weights(NamedTuple):
     layers: tuple[Params, ...]
     kv: dict[int, Params]
     final_norm_D: jax.Array
-    head_DV: jax.Array
+    head: OutputsFirst
+
+
+_INPUTS = {"wq": 1, "wo": 2, "wk": 1, "wv": 1, "gate": 1, "up": 1, "down": 1}  # axes of inputs, the first ones
 
 
 def decode_weights(params: Params, config: ModelConfig) -> Weights:
     """The parameters taken apart, matrices and biases cast to the compute dtype; norms stay as they are."""
 
+    def own(name: str, x: jax.Array) -> jax.Array | OutputsFirst:
+        if name.endswith("norm"):
+            return x
+        x = x.astype(config.dtype)
+        inputs = _INPUTS.get(name)
+        return x if inputs is None else OutputsFirst(jnp.moveaxis(x, range(inputs), range(-inputs, 0)))
+
     def entry(group: Params, index: int) -> Params:
-        return {name: x[index] if name.endswith("norm") else x[index].astype(config.dtype) for name, x in group.items()}
+        return {name: own(name, x[index]) for name, x in group.items()}
 
     layers = tuple(entry(params["layers"], layer) for layer in range(config.num_layers))
     kv = {owner: entry(params["kv"], slot) for slot, owner in enumerate(config.sharing.owners)}
-    for owner, own in kv.items():
-        own["attn_norm"] = layers[owner]["attn_norm"]
-    return Weights(params["embed"].astype(config.dtype), layers, kv, params["final_norm"], head_matrix(params, config))
+    for owner, projection in kv.items():
+        projection["attn_norm"] = layers[owner]["attn_norm"]
+    embed_VD = params["embed"].astype(config.dtype)
+    head = embed_VD if config.tie_embeddings else head_matrix(params, config).T
+    return Weights(embed_VD, layers, kv, params["final_norm"], OutputsFirst(head))
 
 
 def decode_step(
@@ -86,7 +98,7 @@ def decode_step(
 
 def head_logits(weights: Weights, x_BD: jax.Array) -> jax.Array:
     """Logits [B, V] in float32 or wider."""
-    return jnp.einsum("BD,DV->BV", x_BD, weights.head_DV, preferred_element_type=wider(x_BD.dtype))
+    return jnp.einsum("VD,BD->BV", weights.head.array, x_BD, preferred_element_type=wider(x_BD.dtype))
 
 
 def step_bytes(weights: Weights) -> int:

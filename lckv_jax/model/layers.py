@@ -87,11 +87,29 @@ def project_kv(config: ModelConfig, p: Params, x_BTD: jax.Array, context: Contex
     p: attn_norm [D], wk and wv [D, K, H], and bk and bv [K, H] where the model has attention biases.
     """
     h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
-    k = jnp.einsum("BTD,DKH->BTKH", h, p["wk"])
-    v = jnp.einsum("BTD,DKH->BTKH", h, p["wv"])
+    k, v = product(h, p["wk"]), product(h, p["wv"])
     if config.attention_bias:
         k, v = k + p["bk"][None, None], v + p["bv"][None, None]
     return KV(rotate(k, context.cos, context.sin), v)
+
+
+class OutputsFirst(NamedTuple):
+    """A matrix with the axes of its outputs before those of its inputs: [N, H, D] for wq, [D, N, H] for wo.
+
+    A decoder keeps its weights so: read row by row, a few tokens' products run nearer to the memory's speed.
+    """
+
+    array: jax.Array
+
+
+def product(x: jax.Array, matrix: jax.Array | OutputsFirst, inputs: int = 1) -> jax.Array:
+    """x [B, T, inputs...] times a matrix [inputs..., outputs...]: [B, T, outputs...]. inputs: how many axes."""
+    last = tuple(range(x.ndim - inputs, x.ndim))
+    if isinstance(matrix, OutputsFirst):
+        w = matrix.array
+        y = jax.lax.dot_general(w, x, ((tuple(range(w.ndim - inputs, w.ndim)), last), ((), ())))
+        return jnp.moveaxis(y, (-2, -1), (0, 1))
+    return jax.lax.dot_general(x, matrix, ((last, tuple(range(inputs))), ((), ())))
 
 
 Read = Callable[[jax.Array], jax.Array]  # rotated queries [B, T, N, H] -> what they read, [B, T, N, H]
@@ -106,22 +124,21 @@ def attention(config: ModelConfig, p: Params, x_BTD: jax.Array, read: Read | Non
     if read is None:
         return jnp.broadcast_to(p["bo"][None, None], x_BTD.shape) if config.attention_bias else jnp.zeros_like(x_BTD)
     h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
-    q = jnp.einsum("BTD,DNH->BTNH", h, p["wq"])
+    q = product(h, p["wq"])
     if config.attention_bias:
         q = q + p["bq"][None, None]
     out = read(rotate(q, context.cos, context.sin))
-    out = jnp.einsum("BTNH,NHD->BTD", out, p["wo"])
+    out = product(out, p["wo"], inputs=2)
     return out + p["bo"][None, None] if config.attention_bias else out
 
 
 def mlp(config: ModelConfig, p: Params, x_BTD: jax.Array) -> jax.Array:
     """The SwiGLU half of a layer (2002.05202), [B, T, D], without the residual."""
     h = rms_norm(x_BTD, p["mlp_norm"], config.norm_eps)
-    gate = jnp.einsum("BTD,DF->BTF", h, p["gate"])
-    up = jnp.einsum("BTD,DF->BTF", h, p["up"])
+    gate, up = product(h, p["gate"]), product(h, p["up"])
     if config.mlp_bias:
         gate, up = gate + p["gate_bias"][None, None], up + p["up_bias"][None, None]
-    out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, p["down"])
+    out = product(jax.nn.silu(gate) * up, p["down"])
     return out + p["down_bias"][None, None] if config.mlp_bias else out
 
 
