@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode import cells
-from lckv_jax.decode.spec import CellsSpec, SlotSpec
+from lckv_jax.decode import cells, kivi
+from lckv_jax.decode.spec import CellsSpec, KiviSpec, SlotSpec
 from lckv_jax.model.layers import KV
 
-_KINDS: dict[type, ModuleType] = {CellsSpec: cells}
+_KINDS: dict[type, ModuleType] = {CellsSpec: cells, KiviSpec: kivi}
 
 
 class Cache(NamedTuple):
