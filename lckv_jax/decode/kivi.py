@@ -4,9 +4,9 @@ Keys have outlier channels, so a group of keys is some tokens of one channel; va
 some channels of one token. The token at position t of a row has cell t modulo `cells`, both as a code and as a reader
 counts: a row's groups start at its own first token, so that it does not depend on the padding that its batch needs.
 
-A reader at position t reads as codes the keys before R floor(t/R) and the values before t - R, R = `residual`: what KIVI
-reads when it encodes after each step. Here `append` encodes, and what it encodes stays beside its codes as it is until
-the next step, so that a layer reads the same before the owner's append and after it.
+A reader at position t reads as codes the keys before R floor(t/R) and the values before t - R, R = `residual`: as KIVI
+does, which encodes after each step. Here `append` encodes, and what it encodes stays as it is beside its codes until
+the next step, so that layers that read before the owner's append and after it agree on what is a code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Codes(NamedTuple):
 
 
 class Kivi(NamedTuple):
-    """The K,V of one owner, R = residual, S = cells, g = group, M = S / R blocks. What holds no token holds zeros.
+    """The K,V of one owner, R = residual, S = cells, g = group, M = S / R blocks. What holds no token reads as zeros.
 
     k: rotated keys, packed [B, K, M, R, .], scale and low [B, K, M, R / g, H]. v: packed [B, K, S, .], scale and low
     [B, K, S, H / g]. k_raw: [B, K, R, H], position t in cell t modulo R. v_raw: [B, K, R + 1, H], t modulo R + 1.
@@ -61,7 +61,7 @@ def fill(spec: KiviSpec, kv: KV, pos_BT: jax.Array, padding_B: jax.Array) -> Kiv
         return jnp.take_along_axis(x, columns_BS[:, None, :, None], axis=2, mode="fill", fill_value=0)
 
     blocks_BM = _newest(length_B // R, spec.cells // R)
-    block_tokens = (blocks_BM[..., None] * R + jnp.arange(R)).reshape(-1, spec.cells)
+    block_tokens = (blocks_BM[..., None] * R + jnp.arange(R)[None, None]).reshape(-1, spec.cells)
     return Kivi(
         _encode_keys(spec, _blocks(tokens(k, block_tokens), R)),
         _encode_values(spec, tokens(v, _newest(jnp.maximum(length_B - R, 0), spec.cells))),
@@ -229,20 +229,21 @@ def _shifts(bits: int, ndim: int) -> jax.Array:
 
 
 # ---------------------------------------------------------------- products with codes
+# as products and sums, not as einsum: so a compiler may decode and sum in one loop, where a matrix product would have
+# all decoded numbers written to memory first
 
 
 def _key_products(spec: KiviSpec, q_BKGH: jax.Array, k: Codes) -> jax.Array:
     """q.k of all cells, [B, K, G, S]."""
     (B, K, G, H), wide = q_BKGH.shape, q_BKGH.dtype
-    codes = unpack(k.packed, spec.bits, H).reshape(B, K, -1, spec.group, H).astype(wide)
-    scale, low = (x.reshape(B, K, -1, 1, H).astype(wide) for x in (k.scale, k.low))
-    keys = (codes * scale + low).reshape(B, K, -1, H)
-    return jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, keys)
+    codes = unpack(k.packed, spec.bits, H).reshape(B, K, 1, -1, spec.group, H).astype(wide)
+    scale, low = (x.reshape(B, K, 1, -1, 1, H).astype(wide) for x in (k.scale, k.low))
+    return jnp.sum(q_BKGH[:, :, :, None, None] * (codes * scale + low), axis=-1).reshape(B, K, G, -1)
 
 
 def _value_products(spec: KiviSpec, weights_BKGS: jax.Array, v: Codes, H: int) -> jax.Array:
     """Sum of all cells' values with these weights, [B, K, G, H]."""
-    (B, K, _, S), wide = weights_BKGS.shape, weights_BKGS.dtype
-    codes = unpack(v.packed, spec.bits, H).reshape(B, K, S, -1, spec.group).astype(wide)
-    values = codes * v.scale[..., None].astype(wide) + v.low[..., None].astype(wide)
-    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, values.reshape(B, K, S, H))
+    (B, K, G, S), wide = weights_BKGS.shape, weights_BKGS.dtype
+    codes = unpack(v.packed, spec.bits, H).reshape(B, K, 1, S, -1, spec.group).astype(wide)
+    scale, low = (x[:, :, None, ..., None].astype(wide) for x in (v.scale, v.low))
+    return jnp.sum(weights_BKGS[..., None, None] * (codes * scale + low), axis=3).reshape(B, K, G, H)
