@@ -13,6 +13,7 @@ from test_decode_step import make_params, small, solve
 from lckv_jax.decode import kivi
 from lckv_jax.decode.cache import append, bytes_held, empty, fill, grown, read
 from lckv_jax.decode.generate import generate_rows
+from lckv_jax.decode.loop import unstack
 from lckv_jax.decode.spec import CacheSpec, KiviSpec, slot_specs
 from lckv_jax.decode.step import decode_step, decode_weights
 from lckv_jax.errors import UserError
@@ -87,7 +88,8 @@ def decoded(codes, bits, size, axis):
 def filled(spec, k, v):
     """The slot after one prompt, k and v [T, H], one head."""
     kv = KV(*(jnp.asarray(x, jnp.float64)[None, :, None] for x in (k, v)))
-    return kivi.fill(spec, kv, jnp.arange(len(k), dtype=jnp.int32)[None], jnp.zeros(1, jnp.int32))
+    pos_BT = jnp.arange(len(k), dtype=jnp.int32)[None]
+    return jax.jit(kivi.fill, static_argnums=0)(spec, kv, pos_BT, jnp.zeros(1, jnp.int32))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -205,6 +207,7 @@ def test_a_prompt_is_its_tokens_one_by_one(spec, prompt):
 
 
 step = jax.jit(decode_step, static_argnames=("config", "specs"))
+jitted_fill = jax.jit(fill, static_argnums=0)
 
 
 def decode_rows(params, config, rows, prompts, cache, live=None, new=None):
@@ -219,7 +222,7 @@ def decode_rows(params, config, rows, prompts, cache, live=None, new=None):
     specs = slot_specs(config, CacheSpec.parse(cache), columns)
     pos_BT = np.maximum(np.arange(longest, dtype=np.int32)[None] - padding[:, None], -1)
     hidden = solve(params, config, jnp.asarray(tokens[:, :longest]), jnp.asarray(pos_BT))
-    state, weights = fill(specs, hidden.slots, jnp.asarray(padding)), decode_weights(params, config)
+    state, weights = jitted_fill(specs, hidden.slots, jnp.asarray(padding)), unstack(params, config)
     live = jnp.ones(len(rows), bool) if live is None else live
     out = [hidden.x_BTD[:, -1] @ weights.head_DV]
     for t in range(longest, columns if new is None else longest + new):
@@ -294,7 +297,7 @@ def test_growing_changes_nothing():
     config = small("0_2_2_3")
     params, tokens = make_params(config), ragged_rows(7)[-1][: 4 * R]
     small_specs, specs = (slot_specs(config, CacheSpec.parse(KIVI), columns) for columns in (2 * R, 4 * R))
-    weights = decode_weights(params, config)
+    weights = unstack(params, config)
 
     def run(specs, state, tokens):
         out = []
