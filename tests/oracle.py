@@ -47,12 +47,15 @@ def coded(x, largest):
     return np.round(x / scale) * scale
 
 
-def token_by_token(params, config: ModelConfig, tokens, segments=None, *, sinks=0, window=None, largest=None):
+def token_by_token(
+    params, config: ModelConfig, tokens, segments=None, *, prompt=1, sinks=0, window=None, largest=None, stored=None
+):
     """Logits [T, V] of one row.
 
     sinks, window: of a cache that keeps only the first and the last tokens (the current one counts) where the map
-    itself has no window; positions are then those in the cache. largest: of the codes of keys and values as tokens
-    after the first read them, see `coded`.
+    itself has no window; positions are then those in the cache. largest: of the codes of keys and values, see `coded`.
+    stored: what the token at a position finds of the keys and values [t, K, H] of the first t positions, its own
+    perhaps among them; None = those. prompt: tokens that read everything as it is.
     """
     p = {k: ({n: np.asarray(w, np.float64) for n, w in v.items()} if isinstance(v, dict) else np.asarray(v, np.float64))
          for k, v in params.items()}  # fmt: skip
@@ -72,14 +75,18 @@ def token_by_token(params, config: ModelConfig, tokens, segments=None, *, sinks=
                 v = np.einsum("D,DKH->KH", h, p["kv"]["wv"][c]) + p["kv"].get("bv", np.zeros(64))[c]
                 cache[i].append((segments[t], position, rotate(k, position, freq), v))
             local = all(w for w, source in zip(sharing.windowed, sharing.sources) if source == sharing.sources[i])
-            kept = None if local else window
+            kept = None if local or t < prompt else window
             gone = max(0, position - (sinks + kept - 1)) if kept and sinks else 0  # tokens between sinks and window
-            codes = largest if t else None  # a prompt of one token
+            codes = largest if t >= prompt else None
             q = rotate(np.einsum("D,DNH->NH", h, layer["wq"]) + layer.get("bq", 0), position - gone, freq)
             strict = sharing.sources[i] > i or config.strict_everywhere
+            held = cache[sharing.sources[i]]
+            if stored and held and t >= prompt:
+                pairs = zip(*stored(position, np.array([e[2] for e in held]), np.array([e[3] for e in held])))
+                held = [(*entry[:2], *pair) for entry, pair in zip(held, pairs)]
             seen = [
                 (rotate(coded(k, codes), 0 if at < sinks else -gone, freq), coded(v, codes))
-                for segment, at, k, v in cache[sharing.sources[i]]
+                for segment, at, k, v in held
                 if segment == segments[t]
                 and (at < position if strict else at <= position)
                 and (not sharing.windowed[i] or at > position - config.window)

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode import budget, cells
-from lckv_jax.decode.spec import BudgetSpec, CellsSpec, SlotSpec
+from lckv_jax.decode import budget, cells, kivi
+from lckv_jax.decode.spec import BudgetSpec, CellsSpec, KiviSpec, SlotSpec
 from lckv_jax.model.layers import KV
 
-_KINDS: dict[type, ModuleType] = {CellsSpec: cells, BudgetSpec: budget}
+_KINDS: dict[type, ModuleType] = {CellsSpec: cells, KiviSpec: kivi, BudgetSpec: budget}
 
 
 class Cache(NamedTuple):

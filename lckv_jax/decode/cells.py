@@ -37,8 +37,11 @@ class Cells(NamedTuple):
 
 
 def fill(spec: CellsSpec, kv: KV, pos_BT: jax.Array, padding_B: jax.Array) -> Cells:
-    """The slot after prompts whose rotated keys and values are `kv`, [B, T, K, H], at `pos_BT`, padding in front."""
-    k, v = (x.swapaxes(1, 2) for x in kv)
+    """The slot after prompts whose rotated keys and values are `kv`, [B, T, K, H], at `pos_BT`, padding in front.
+
+    Padding is held as zeros, whatever it is: cells without a token are read too, with a weight of zero.
+    """
+    k, v = (jnp.where(pos_BT[:, None, :, None] >= 0, x.swapaxes(1, 2), 0) for x in kv)
     tokens = _encode(spec.codec, k, v, pos_BT[:, None])
     kept = _last(tokens, spec.cells, spec.ring)
     return _joined(_first(tokens, spec.sinks, padding_B), kept) if spec.sinks else kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -147,8 +148,8 @@ class CellsSpec(NamedTuple):
 class KiviSpec(NamedTuple):
     """What the slot of one owner keeps by KIVI (2402.02750): codes in blocks of `residual` tokens, and the newest raw.
 
-    cells: tokens that the blocks have room for. window: tokens that a reader may read at most, itself included, so that
-    the blocks are a ring; None = all. bits, group, residual: as in `CacheSpec`.
+    cells: tokens that the blocks have room for, a multiple of `residual`. window: tokens that a reader may read at
+    most, itself included, so that the blocks are a ring; None = all. bits, group, residual: as in `CacheSpec`.
     """
 
     owner: int
@@ -198,7 +199,7 @@ def slot_specs(
     A budget that would give up nothing is plain cells; that of pyramidkv differs from slot to slot, but does not depend
     on the prompt, so that no row depends on the others of its batch.
     A slot that only sliding windows read keeps the model's own window whatever the policy, since that is the model's
-    mathematics; the policy is for the others, the codec for all.
+    mathematics; the policy is for the others, the codec for all. Raises UserError for groups that do not fit the heads.
     """
     total = columns if total is None else total
     slots = list(zip(config.sharing.owners, config.sharing.slot_windowed))
@@ -222,6 +223,20 @@ def _budget_spec(spec: CacheSpec, owner: int, cells: int, columns: int, total: i
 
 def _slot_spec(config: ModelConfig, spec: CacheSpec, owner: int, windowed: bool, columns: int, total: int) -> SlotSpec:
     window = config.window if windowed else spec.window if spec.policy in ("window", "sinks") else None
-    if window is None or window >= total:
+    if window is not None and window >= total:
+        window = None
+    if spec.codec == "kivi":
+        return _kivi_spec(config, spec, owner, window, columns)
+    if window is None:
         return CellsSpec(owner, columns, False, 0, None, spec.codec)
     return CellsSpec(owner, window, True, 0 if windowed else spec.sinks, window, spec.codec)
+
+
+def _kivi_spec(config: ModelConfig, spec: CacheSpec, owner: int, window: int | None, columns: int) -> KiviSpec:
+    if config.head_dim % spec.group:
+        raise UserError(
+            f"cache: {spec} codes values in groups of {spec.group} channels, but the model's head_dim is "
+            f"{config.head_dim}; give a group that divides it, such as {math.gcd(spec.group, config.head_dim)}"
+        )
+    blocks = -(-(columns if window is None else window) // spec.residual)
+    return KiviSpec(owner, blocks * spec.residual, window, spec.bits, spec.group, spec.residual)
