@@ -1,0 +1,105 @@
+"""How many rows fit: by formula, and by what compiled programs say they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+_CLOSE = 0.01  # a batch is as good as the largest if it is so near to it
+_MOST_PROBES = 12
+
+
+class Limit(NamedTuple):
+    """Bytes that programs may take, and in words where that is from. emulated: nothing but our arithmetic holds it."""
+
+    bytes: int
+    what: str
+    emulated: bool
+
+
+def memory_limit(cap_bytes: int | None) -> Limit:
+    """The memory of the first device: what its allocator has; on a CPU half of what is available; never above the cap.
+
+    A cap is held by the allocator too where the process was started with a memory fraction to match; a CPU has none.
+    """
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        limit = stats["bytes_limit"]
+        if cap_bytes is None:
+            return Limit(limit, "the device's allocator", False)
+        return Limit(min(limit, cap_bytes), "the cap, held by the allocator", False)
+    if cap_bytes is not None:
+        return Limit(cap_bytes, "the cap, emulated: compared with what compiled programs need", True)
+    return Limit(available_bytes() // 2, "half of the machine's available memory", True)
+
+
+def available_bytes() -> int:
+    """Memory of this machine that processes can still have."""
+    return _meminfo("MemAvailable")
+
+
+def total_bytes() -> int:
+    """Memory of this machine."""
+    return _meminfo("MemTotal")
+
+
+def _meminfo(name: str) -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes of a compiled program while it runs: arguments, temporaries, and outputs that take no argument's place.
+
+    The compiler's own `memory_analysis`; whatever else is held meanwhile is not in it.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"{jax.default_backend()} does not tell the memory of its programs")
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return held + analysis.temp_size_in_bytes
+
+
+def batch_by_formula(limit_bytes: int, weight_bytes: int, row_bytes: int) -> int:
+    """(M - W) / bytes of the cache of one row: the batch of a decoder that needs nothing else, at least 1."""
+    return max(1, (limit_bytes - weight_bytes) // row_bytes)
+
+
+def largest_batch(needs: Callable[[int], int], limit_bytes: int, guess: int) -> tuple[int, int]:
+    """The largest batch, to 1 %, whose `needs(batch)` bytes are within the limit, and those; (0, needs(1)) if none is.
+
+    needs: grows with the batch and is dear, as it compiles: nearly affine, so that a line through what is known leads
+    there in few calls; it falls back to halving between what fits and what does not.
+    guess: where to look after a batch of 1.
+    """
+    known = {1: needs(1)}
+    if known[1] > limit_bytes:
+        return 0, known[1]
+    batch = max(2, guess)
+    for _ in range(_MOST_PROBES):
+        known[batch] = needs(batch)
+        fits = max(b for b, size in known.items() if size <= limit_bytes)
+        above = min((b for b, size in known.items() if size > limit_bytes), default=None)
+        batch = _next_batch(known, limit_bytes, fits, above)
+        if batch <= fits or (above is None and batch - fits <= _CLOSE * fits):
+            break
+        if above is not None and above - fits <= max(1, _CLOSE * fits):
+            break
+    fits = max(b for b, size in known.items() if size <= limit_bytes)
+    return fits, known[fits]
+
+
+def _next_batch(known: dict[int, int], limit_bytes: int, fits: int, above: int | None) -> int:
+    """Where a line through the two known batches nearest to the limit meets it, strictly between `fits` and `above`."""
+    (b0, size0), (b1, size1) = sorted(sorted(known.items(), key=lambda item: abs(item[1] - limit_bytes))[:2])
+    slope = (size1 - size0) / (b1 - b0)
+    meets = b0 + (limit_bytes - size0) / slope if slope > 0 else math.inf
+    if above is None:
+        return int(min(meets, 8 * fits))
+    if not fits < meets < above:
+        meets = (fits + above) / 2
+    return int(meets)
