@@ -103,7 +103,7 @@ class BenchConfig(Frozen):
             try:
                 parsed[name] = KVSharing.parse(spec, info.data["model"].num_layers)
             except UserError as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise ValueError(f"{name}: {str(error).removeprefix('sharing: ')}") from error
         return parsed
 
     @field_validator("caches")
@@ -185,7 +185,7 @@ def _key(cell: Cell) -> str:
         parts.append(wanted.decoder)
     if wanted.passes != "trained":
         parts.append(f"passes-{wanted.passes}")
-    slug = "--".join(re.sub(r"[^\w.+-]+|\+(?=\D)", "-", part).strip("-") for part in parts)
+    slug = "--".join(re.sub(r"(?:[^\w.+]|\+(?!\d))+", "-", part).strip("-") for part in parts)
     return f"{slug}--{hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:8]}"
 
 
@@ -336,14 +336,15 @@ def _environment() -> dict[str, str]:
 def _measured(cell: Cell, stem: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """The record of the cell, which a process of its own writes to STEM.json. What it says besides is in STEM.log."""
     asked, result, log = (stem.with_name(f"{stem.name}{ending}") for ending in (".cell.json", ".json", ".log"))
-    asked.write_text(cell.model_dump_json(indent=1), encoding="utf-8")
+    ours = cell.identity.decoder == "lckv_jax"
+    asked.write_text(cell.model_dump_json(indent=1, exclude=None if ours else {"bucket", "sample"}), encoding="utf-8")
     result.unlink(missing_ok=True)
     environment = _environment()
     if machine["platform"] != "cpu":
         cap = cell.identity.memory_cap_bytes
         share = min(_MEMORY_SHARE, cap / machine["memory_bytes"]) if cap else _MEMORY_SHARE
         environment[_FRACTION] = f"{share:.4f}" if cap else environment.get(_FRACTION, str(share))
-    module = "lckv_jax.decode." + ("bench_cell" if cell.identity.decoder == "lckv_jax" else "peers")
+    module = "lckv_jax.decode." + ("bench_cell" if ours else "peers")
     with log.open("w", encoding="utf-8") as output:
         code = _run([sys.executable, "-m", module, str(asked), str(result)], environment, output)
     record = _stored(stem.parent.parent, stem.name) if code == 0 else None

@@ -125,13 +125,14 @@ def _results(cell: Cell, work: Work, limit: Limit) -> dict[str, Any]:
         raise UserError(f"does not fit: {asked}; the largest that does is {_largest(work, limit)}")
     batch = _largest(work, limit)
     for _ in range(_STEPS_DOWN):
+        jax.clear_caches()  # what the search has compiled counts too
         fitted = _compiled(work, batch)
         if fitted.needs <= limit.bytes and (results := _tried(cell, work, fitted)):
             return {**results, "largest": True}
         batch = max(1, math.floor(batch * _STEP_DOWN))
     raise UserError(
-        f"does not fit: by analysis a batch of {batch} needs {_gb(fitted.needs)} of {_gb(limit.bytes)}, but the device "
-        "has no room for it; give a memory_gb below what other processes leave of it"
+        f"does not fit: by analysis a batch of {batch} does in {_gb(limit.bytes)} ({limit.what}), but not when it "
+        "runs; give a memory_gb below what other processes leave"
     )
 
 
@@ -157,7 +158,6 @@ def _tried(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any] | None:
 
 
 def _compiled(work: Work, batch: int) -> Fitted:
-    jax.clear_caches()  # what the search has compiled counts too
     started = time.perf_counter()
     needs = compile_needs(work, abstract_weights(work.model), batch, every=True)
     return Fitted(batch, needs, time.perf_counter() - started)

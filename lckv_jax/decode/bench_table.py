@@ -21,9 +21,9 @@ _COLUMNS = {
     "roof": 6,
 }
 _LEGEND = (
-    "decode/s, all/s: new tokens a second, of the steps alone and with the prompt's time; held, read: bytes of the "
-    "cache, and of it read by a step",
-    "roof: bytes of weights and cache that the steps read and write, over their time and the copy bandwidth",
+    "decode/s, all/s: new tokens a second, of the steps alone and with the time of the prompt",
+    "held, read: bytes of the cache, and of it read by a step; weights are read besides",
+    "roof: bytes of weights and cache that a step reads and writes, over its time and the copy bandwidth",
 )
 
 
@@ -68,6 +68,8 @@ def table(records: Sequence[Record]) -> Iterator[str]:
     yield from _LEGEND
     if any(map(_is_largest, records)):
         yield "*: the largest batch that fits, by compiled memory analysis, and it ran"
+    if any(record["identity"]["memory_cap_bytes"] for record in records):
+        yield "a cap stands for a smaller card's capacity, not for its speed"
     samples = {sample for record in records if (sample := record["facts"].get("sample"))}
     if samples:
         yield f"ms/step: of {max(samples)} steps with a cache of each size, which stand for all steps with it"
@@ -83,7 +85,7 @@ def _cap_text(cap: int | None, records: Sequence[Record]) -> str:
     if cap is None:
         return ""
     what = next((record["facts"]["memory_limit"] for record in records if "memory_limit" in record["facts"]), "a cap")
-    return f", memory {cap / 1e9:g} GB ({what}; not a smaller card's speed)"
+    return f", in {cap / 1e9:g} GB ({what})"
 
 
 def _row(record: Record) -> str:

@@ -31,9 +31,9 @@ def memory_limit(cap_bytes: int | None) -> Limit:
         limit = stats["bytes_limit"]
         if cap_bytes is None:
             return Limit(limit, "the device's allocator", False)
-        return Limit(min(limit, cap_bytes), "the cap, held by the allocator", False)
+        return Limit(min(limit, cap_bytes), "a cap, held by the allocator", False)
     if cap_bytes is not None:
-        return Limit(cap_bytes, "the cap, emulated: compared with what compiled programs need", True)
+        return Limit(cap_bytes, "a cap, emulated by what compiled programs need", True)
     return Limit(available_bytes() // 2, "half of the machine's available memory", True)
 
 
