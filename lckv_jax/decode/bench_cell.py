@@ -220,7 +220,7 @@ def _peak_bytes(compiled: int) -> tuple[int, str]:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 # ---------------------------------------------------------------- the machine

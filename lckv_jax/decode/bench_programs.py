@@ -13,7 +13,7 @@ import numpy as np
 from lckv_jax.decode.cache import bytes_held, bytes_read_per_step
 from lckv_jax.decode.capacity import program_bytes
 from lckv_jax.decode.codecs import token_bytes
-from lckv_jax.decode.loop import Chosen, Loop, decode, grow, prefill
+from lckv_jax.decode.loop import Chosen, Loop, Prompts, decode, grow, prefill, prefill_group, room, tiles
 from lckv_jax.decode.sampling import Sampling, row_keys
 from lckv_jax.decode.spec import CacheSpec, KiviSpec, SlotSpec, slot_specs
 from lckv_jax.decode.step import Weights, decode_weights
@@ -122,7 +122,10 @@ def generation(work: Work, weights: Weights, tokens_BT: jax.Array, keys_B: jax.A
     The seconds of a segment of which not all steps are run are scaled to all of them.
     """
     started = time.perf_counter()
-    loop, chosen, passes_B, residual_B = jax.block_until_ready(_prefill(work, weights, tokens_BT, keys_B))
+    prompts = Prompts(tokens_BT, np.zeros(tokens_BT.shape[0], np.int32), keys_B)
+    filled = prefill(weights, work.model, work.segments[0].specs, work.passes, None, prompts, _NO_STOPS)
+    loop, chosen, used = jax.block_until_ready(filled)
+    del filled  # decode takes the loop's memory over
     prefilled = time.perf_counter()
     pieces: list[Chosen] = [chosen]
     decoding, before = 0.0, work.segments[0].specs
@@ -135,7 +138,7 @@ def generation(work: Work, weights: Weights, tokens_BT: jax.Array, keys_B: jax.A
         pieces.append(chosen)
         before = specs
     finite = all(bool(np.isfinite(piece.logprob).all()) for piece in jax.device_get(pieces))
-    return Timing(prefilled - started, decoding, finite, np.asarray(passes_B), np.asarray(residual_B))
+    return Timing(prefilled - started, decoding, finite, np.asarray(used.passes_B), np.asarray(used.residual_B))
 
 
 def random_prompts(work: Work, batch: int, seed: int) -> tuple[jax.Array, jax.Array]:
@@ -176,6 +179,18 @@ def compile_needs(work: Work, weights: Weights, batch: int, *, every: bool) -> i
     return needs
 
 
+def _prefill_needs(work: Work, weights: Weights, batch: int) -> tuple[int, Loop]:
+    """Bytes of the prefill of `batch` prompts, whose program is compiled, and the shapes of what it gives."""
+    rows, chunk = tiles(work.model, batch, work.prompt)
+    tokens_BT = jax.ShapeDtypeStruct((rows, work.prompt), jnp.int32)
+    prompts = Prompts(tokens_BT, np.zeros(rows, np.int32), _abstract_keys(rows))  # pyright: ignore[reportArgumentType]
+    settings = (work.model, work.segments[0].specs, work.passes, None, chunk, True)
+    needs = program_bytes(prefill_group.lower(weights, *settings, prompts, _NO_STOPS).compile())
+    part = prefill_group.eval_shape(weights, *settings, prompts, _NO_STOPS)
+    loop, _, _ = jax.eval_shape(lambda part: room(part, batch), part)
+    return needs + (tree_bytes(loop) if rows < batch else 0), loop  # other rows wait while some are computed
+
+
 def _abstract_keys(batch: int) -> Any:
     return jax.eval_shape(lambda: row_keys(Sampling(), batch))
 
@@ -199,38 +214,3 @@ def written_per_step(work: Work, batch: int) -> int:
     model = work.model
     codecs = ("raw" if isinstance(spec, KiviSpec) else spec.codec for spec in work.segments[0].specs)
     return batch * sum(token_bytes(codec, model.num_kv_heads, model.head_dim, model.dtype) for codec in codecs)
-
-
-# ---------------------------------------------------------------- the prefill of `decode.loop`
-
-
-def _prefill(
-    work: Work, weights: Weights, tokens_BT: jax.Array, keys_B: jax.Array
-) -> tuple[Loop, Chosen, jax.Array, jax.Array]:
-    padding_B = np.zeros(tokens_BT.shape[0], np.int32)
-    specs = work.segments[0].specs
-    loop, chosen, passes_B = prefill(
-        _stacked(weights), work.model, specs, work.passes, None, tokens_BT, padding_B, keys_B, _NO_STOPS
-    )
-    return loop, chosen, passes_B, jnp.zeros(passes_B.shape)
-
-
-def _prefill_needs(work: Work, weights: Weights, batch: int) -> tuple[int, Loop]:
-    """Bytes of the prefill of `batch` prompts, which is compiled, and the shapes of what it gives."""
-    tokens_BT = jax.ShapeDtypeStruct((batch, work.prompt), jnp.int32)
-    padding_B, specs = np.zeros(batch, np.int32), work.segments[0].specs
-    params = jax.eval_shape(_stacked, weights)
-    loop = jax.eval_shape(lambda *xs: _prefill(work, *xs)[0], weights, tokens_BT, _abstract_keys(batch))
-    lowered = prefill.lower(
-        params, work.model, specs, work.passes, None, tokens_BT, padding_B, _abstract_keys(batch), _NO_STOPS
-    )
-    return program_bytes(lowered.compile()), loop
-
-
-@jax.jit
-def _stacked(weights: Weights) -> Any:
-    layers = {name: jnp.stack([x[name] for x in weights.layers]) for name in weights.layers[0]}
-    own = [weights.kv[owner] for owner in sorted(weights.kv)]
-    kv = {name: jnp.stack([x[name] for x in own]) for name in own[0] if name != "attn_norm"}
-    params = {"embed": weights.embed_VD, "layers": layers, "kv": kv, "final_norm": weights.final_norm_D}
-    return {**params, "head": weights.head_DV}

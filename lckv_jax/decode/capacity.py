@@ -72,34 +72,26 @@ def batch_by_formula(limit_bytes: int, weight_bytes: int, row_bytes: int) -> int
 def largest_batch(needs: Callable[[int], int], limit_bytes: int, guess: int) -> tuple[int, int]:
     """The largest batch, to 1 %, whose `needs(batch)` bytes are within the limit, and those; (0, needs(1)) if none is.
 
-    needs: grows with the batch and is dear, as it compiles: nearly affine, so that a line through what is known leads
-    there in few calls; it falls back to halving between what fits and what does not.
+    needs: grows with the batch and is dear, as it compiles: nearly affine, so that lines through what is known lead
+    there in few calls; where they do not, what lies between a batch that fits and one that does not is halved.
     guess: where to look after a batch of 1.
     """
     known = {1: needs(1)}
     if known[1] > limit_bytes:
         return 0, known[1]
-    batch = max(2, guess)
+    fits, above, batch = 1, math.inf, max(2, guess)
     for _ in range(_MOST_PROBES):
         known[batch] = needs(batch)
         fits = max(b for b, size in known.items() if size <= limit_bytes)
-        above = min((b for b, size in known.items() if size > limit_bytes), default=None)
-        batch = _next_batch(known, limit_bytes, fits, above)
-        if batch <= fits or (above is None and batch - fits <= _CLOSE * fits):
+        above = min((b for b, size in known.items() if size > limit_bytes), default=math.inf)
+        if above - fits <= max(1, _CLOSE * fits):
             break
-        if above is not None and above - fits <= max(1, _CLOSE * fits):
+        near = sorted(known, key=lambda b: abs(known[b] - limit_bytes))[:2]
+        slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
+        meets = near[0] + (limit_bytes - known[near[0]]) / slope if slope > 0 else math.inf
+        if fits in near and fits <= meets < (1 + _CLOSE) * fits + 1:
             break
-    fits = max(b for b, size in known.items() if size <= limit_bytes)
+        batch = int(min(meets, 8 * fits if above == math.inf else above))
+        if not fits < batch < above:
+            batch = 2 * fits if above == math.inf else int(fits + above) // 2
     return fits, known[fits]
-
-
-def _next_batch(known: dict[int, int], limit_bytes: int, fits: int, above: int | None) -> int:
-    """Where a line through the two known batches nearest to the limit meets it, strictly between `fits` and `above`."""
-    (b0, size0), (b1, size1) = sorted(sorted(known.items(), key=lambda item: abs(item[1] - limit_bytes))[:2])
-    slope = (size1 - size0) / (b1 - b0)
-    meets = b0 + (limit_bytes - size0) / slope if slope > 0 else math.inf
-    if above is None:
-        return int(min(meets, 8 * fits))
-    if not fits < meets < above:
-        meets = (fits + above) / 2
-    return int(meets)
