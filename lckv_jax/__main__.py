@@ -46,6 +46,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate(options.checkpoint, options.overrides)
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from lckv_jax.decode.bench import bench
+
+    bench(options.config, options.overrides)
+
+
 def _import(options: argparse.Namespace) -> None:
     _leave_accelerators_alone()
     from lckv_jax.convert.import_hub import import_hub
@@ -126,6 +132,11 @@ _OVERRIDES = _Argument(
     "overrides",
     {"nargs": "*", "default": [], "metavar": "a.b=c", "help": "overrides, such as optimizer.learning_rate=1e-3"},
 )
+_BENCH = _Argument("config", {"metavar": "CONFIG", "help": "a YAML file, such as configs/bench/50m.yaml"})
+_CELLS = _Argument(
+    "overrides",
+    {"nargs": "*", "default": [], "metavar": "a.b=c", "help": "overrides, such as batches=[1,8] or memory_gb=24"},
+)
 _VERIFY = _Argument("--verify", {"action": "store_true", "help": "only check the prepared shards against their hashes"})
 _COMPILE = _Argument(
     "--compile", {"action": "store_true", "help": "compile the train step; tell its memory and collectives"}
@@ -169,6 +180,8 @@ _COMMANDS = {
                          (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
     "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
     "generate": _Command(_generate, "text from a checkpoint", (_CHECKPOINT, _GENERATION)),
+    "bench": _Command(_bench, "what sharing buys at inference: latency, throughput, memory; goes on by itself",
+                      (_BENCH, _CELLS)),
     "import": _Command(_import, "a Hugging Face folder to a run folder, also with another map", _IMPORT),
     "export": _Command(_export, "a checkpoint as a Hugging Face folder, for PyTorch",
                        (_CHECKPOINT, _OUT, _FORMAT, _DTYPE, _SHARD)),

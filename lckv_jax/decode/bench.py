@@ -1,0 +1,379 @@
+"""`bench`: what sharing buys at inference, one process for each cell of maps x caches x lengths x batches."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, field_validator, model_validator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lckv_jax.config import build_config
+from lckv_jax.config_text import apply_override, read_yaml
+from lckv_jax.decode.bench_cell import Cell, Decoder, Identity, write_json
+from lckv_jax.decode.bench_table import one_line, table
+from lckv_jax.decode.spec import CacheSpec
+from lckv_jax.errors import Stopped, UserError
+from lckv_jax.model.refine import stop_rule
+from lckv_jax.model_config import Frozen, ModelConfig, Positive
+from lckv_jax.sharing import KVSharing
+
+_MEMORY_SHARE = 0.92  # of an accelerator, unless the environment says another one
+_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_PEERS: tuple[Decoder, ...] = ("transformers dynamic", "transformers static")
+_PATIENCE = 10.0  # seconds for a stopped process to end
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value if isinstance(value, tuple) else (value,)
+
+
+def _pairs(value: Any) -> Any:
+    return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in _listed(value))
+
+
+def _texts(maps: dict[str, Any]) -> dict[str, str]:
+    return {name: str(sharing) for name, sharing in maps.items()}
+
+
+class BenchConfig(Frozen):
+    """What is measured, and where the results go."""
+
+    out: str = Field(description="folder of the results: one JSON for each cell, results.json, plots")
+    model: ModelConfig = Field(description="sizes; its weights are random, and `maps` says who shares keys and values")
+    maps: Annotated[dict[str, Any], PlainSerializer(_texts)] = Field(
+        min_length=1, description="name: sharing map or family; one that is `standard` is what others are compared with"
+    )
+    caches: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        default=("full",), description="what the cache keeps, such as full or sinks(4,1020)+int8 (see docs/generate.md)"
+    )
+    lengths: Annotated[
+        tuple[tuple[Positive, Annotated[int, Field(ge=2)]], ...], BeforeValidator(_pairs), Field(min_length=1)
+    ] = Field(description="[[prompt, new], ...]: tokens of each row's prompt, and new ones, at least 2")
+    batches: Annotated[tuple[Positive | Literal["largest"], ...], BeforeValidator(_listed), Field(min_length=1)] = (
+        Field(default=(1, 8, "largest"), description="rows; `largest` = as many as the memory holds")
+    )
+    passes: Annotated[tuple[str | float, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        default=("trained",), description="of prompts over cyclic spans: trained, exact or a tolerance such as 1e-2"
+    )
+    repeats: int = Field(default=5, ge=5, description="generations that are timed, after two that are not")
+    bucket: Positive | None = Field(
+        default=None,
+        description="columns by which a cache grows, each a program: small ones read less and compile longer; null = "
+        "an eighth of prompt and new tokens, in multiples of 256",
+    )
+    sample: Positive | None = Field(
+        default=None,
+        description="decode steps run with a cache of one size, whose time stands for all steps with it; null = all",
+    )
+    memory_gb: float | None = Field(
+        default=None, gt=0.0, description="memory in 1e9 bytes that may be used, to stand for a smaller card"
+    )
+    peers: bool = Field(default=False, description="also measure transformers, with the standard map and a full cache")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of weights and prompts")
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: ModelConfig) -> ModelConfig:
+        if "sharing" in model.model_fields_set:
+            raise ValueError("sharing is what `maps` is for, as in maps: {standard: standard, mine: lckv(warmup=2)}")
+        return model
+
+    @field_validator("maps")
+    @classmethod
+    def _parse_maps(cls, maps: dict[str, Any], info: ValidationInfo) -> dict[str, KVSharing]:
+        if "model" not in info.data:
+            raise ValueError("cannot be read before model is right")
+        parsed = {}
+        for name, spec in maps.items():
+            try:
+                parsed[name] = KVSharing.parse(spec, info.data["model"].num_layers)
+            except UserError as error:
+                raise ValueError(f"{name}: {str(error).removeprefix('sharing: ')}") from error
+        return parsed
+
+    @field_validator("caches")
+    @classmethod
+    def _parse_caches(cls, caches: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(CacheSpec.parse(cache)) for cache in caches)
+
+    @model_validator(mode="after")
+    def _check(self) -> BenchConfig:
+        for passes in self.passes:
+            stop_rule(self.model, passes)  # pyright: ignore[reportArgumentType]
+        if "://" in self.out:
+            raise ValueError(f"out={self.out} is a bucket; give a local or mounted folder")
+        return self
+
+
+def load_bench_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchConfig:
+    """The configuration in the YAML file `path`, changed by overrides such as `batches=[1,8]`.
+
+    Raises UserError with one sentence: which file, which key, what is wrong and the mend.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path}: cannot be read as a config: {reason}") from error
+    tree = read_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a YAML mapping with the keys {', '.join(BenchConfig.model_fields)}")
+    for override in overrides:
+        apply_override(tree, override)
+    return build_config(BenchConfig, tree, str(path))
+
+
+def cells(config: BenchConfig) -> dict[str, Cell]:
+    """The cells by their keys: a readable name, and a hash of everything that a cell depends on."""
+    found = {}
+    grid = itertools.product(config.lengths, config.caches, config.maps, config.batches, config.passes)
+    for (prompt, new), cache, name, batch, passes in grid:
+        sharing = config.maps[name]
+        if passes != config.passes[0] and not sharing.cyclic:
+            continue  # one pass, whatever it says
+        decoders: tuple[Decoder, ...] = ("lckv_jax",)
+        if config.peers and _is_standard(sharing) and cache == "full" and batch != "largest":
+            decoders += _PEERS
+        for decoder in decoders:
+            identity = Identity(
+                model=name,
+                decoder=decoder,
+                sharing=str(sharing),
+                cache=cache,
+                dtype=config.model.dtype,
+                prompt=prompt,
+                new=new,
+                batch=batch,
+                passes=passes,
+                memory_cap_bytes=None if config.memory_gb is None else round(config.memory_gb * 1e9),
+            )
+            cell = Cell(
+                identity=identity,
+                model=config.model.model_copy(update={"sharing": sharing}),
+                repeats=config.repeats,
+                bucket=config.bucket,
+                sample=config.sample,
+                seed=config.seed,
+            )
+            found[_key(cell)] = cell
+    return found
+
+
+def _is_standard(sharing: KVSharing) -> bool:
+    return sharing == KVSharing.parse("standard", sharing.num_layers)
+
+
+def _key(cell: Cell) -> str:
+    wanted = cell.identity
+    parts = [wanted.model, wanted.cache, f"{wanted.prompt}+{wanted.new}", f"b{wanted.batch}"]
+    if wanted.decoder != "lckv_jax":
+        parts.append(wanted.decoder)
+    if wanted.passes != "trained":
+        parts.append(f"passes-{wanted.passes}")
+    slug = "--".join(re.sub(r"(?:[^\w.+]|\+(?!\d))+", "-", part).strip("-") for part in parts)
+    return f"{slug}--{hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:8]}"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def bench(path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Measures every cell of the config that has no result yet; prints a table, writes results.json and plots.
+
+    Finished cells are kept whatever happens; those that ended in an error are tried again. Raises UserError for what
+    the user can mend, before any cell runs, and at the end if cells failed; Stopped at SIGTERM.
+    """
+    config = load_bench_config(path, overrides)
+    if config.peers:
+        _check_peers()
+    wanted = cells(config)
+    console = Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    folder = _folder(config.out)
+    records = {key: record for key in wanted if (record := _stored(folder, key)) and record["error"] is None}
+    todo = [key for key in wanted if key not in records]
+    say(f"{config.out}: {len(wanted)} cells, {len(records)} of them done; random weights, {config.model.dtype}")
+    if todo:
+        machine = _machine()
+        _check_machine(config, machine, records)
+        say(f"{machine['device']}, {machine['memory_bytes'] / 1e9:.1f} GB")
+        with _stopping(lambda: f"{len(records)} of {len(wanted)} cells are kept in {config.out}"):
+            for key in _told(todo, console):
+                record = _measured(wanted[key], folder / "cells" / key, machine)
+                records[key] = record
+                say(one_line(record))
+                _write_results(folder, config, [records[key] for key in wanted if key in records])
+    done = [records[key] for key in wanted]
+    _write_results(folder, config, done)
+    for line in table(done):
+        say(line)
+    say(f"wrote {folder / 'results.json'}")
+    _plot(done, folder, say)
+    failed = [key for key in wanted if str(records[key]["error"]).startswith("failed")]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(wanted)} cells failed, the first with: {records[failed[0]]['error']}; the same "
+            "command tries them again"
+        )
+
+
+def _folder(out: str) -> Path:
+    folder = Path(out).expanduser()
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error.strerror}; name another folder") from error
+    return folder
+
+
+def _check_peers() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"peers=true measures transformers, but there is no {' and no '.join(missing)} here; install "
+            "lckv-jax[torch], or leave peers out"
+        )
+
+
+def _stored(folder: Path, key: str) -> dict[str, Any] | None:
+    """The record of a cell; None if there is none that can be read."""
+    try:
+        return json.loads((folder / "cells" / f"{key}.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _check_machine(config: BenchConfig, machine: dict[str, Any], records: dict[str, Any]) -> None:
+    if config.memory_gb is not None and config.memory_gb * 1e9 > machine["memory_bytes"]:
+        has = f"{machine['memory_bytes'] / 1e9:.1f} GB"
+        raise UserError(f"memory_gb={config.memory_gb:g} is more than {machine['device']} has, {has}; give less")
+    for record in records.values():
+        there = record["facts"]["device"]
+        if record["identity"]["decoder"] == "lckv_jax" and there != machine["device"]:
+            raise UserError(
+                f"{config.out} has cells measured on {there}, but this is {machine['device']}; give another out"
+            )
+
+
+def _write_results(folder: Path, config: BenchConfig, records: list[dict[str, Any]]) -> None:
+    settings = json.loads(config.model_dump_json(exclude={"model": {"sharing"}}))
+    write_json(folder / "results.json", {"config": settings, "cells": records})
+
+
+def _plot(records: list[dict[str, Any]], folder: Path, say: Any) -> None:
+    from lckv_jax.decode.bench_plots import plot
+
+    for drawn in plot(records, folder):
+        say(f"wrote {drawn}")
+
+
+def _told(keys: list[str], console: Console) -> Iterator[str]:
+    """The keys, with a progress bar and the time that is left; without a terminal a line before each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    started = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(keys))
+        for number, key in enumerate(keys):
+            if not console.is_terminal:
+                left = (time.monotonic() - started) / number * (len(keys) - number) / 60 if number else None
+                eta = "" if left is None else f", about {left:.0f} min left"
+                console.print(
+                    f"[{number + 1}/{len(keys)}{eta}] {key.rpartition('--')[0]}", markup=False, highlight=False
+                )
+            bar.update(task, description=key.rpartition("--")[0])
+            yield key
+            bar.advance(task)
+
+
+@contextlib.contextmanager
+def _stopping(kept: Any) -> Iterator[None]:
+    """SIGTERM raises Stopped, which says what is kept."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped(f"stopped by SIGTERM; {kept()}: the same command goes on from there")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _machine() -> dict[str, Any]:
+    """What the cells will run on, from a process that asks: one that measures must find the memory free."""
+    environment = _environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", _FRACTION: "1.0"}
+    command = [sys.executable, "-m", "lckv_jax.decode.bench_cell", "--machine"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"no device to measure: {_last_line(done.stderr)}; check JAX_PLATFORMS and the installed jax")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _environment() -> dict[str, str]:
+    """Ours, in which this package is found from every folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+
+
+def _measured(cell: Cell, stem: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """The record of the cell, which a process of its own writes to STEM.json. What it says besides is in STEM.log."""
+    asked, result, log = (stem.with_name(f"{stem.name}{ending}") for ending in (".cell.json", ".json", ".log"))
+    ours = cell.identity.decoder == "lckv_jax"
+    asked.write_text(cell.model_dump_json(indent=1, exclude=None if ours else {"bucket", "sample"}), encoding="utf-8")
+    result.unlink(missing_ok=True)
+    environment = _environment()
+    if machine["platform"] != "cpu":
+        cap = cell.identity.memory_cap_bytes
+        share = min(_MEMORY_SHARE, cap / machine["memory_bytes"]) if cap else _MEMORY_SHARE
+        environment[_FRACTION] = f"{share:.4f}" if cap else environment.get(_FRACTION, str(share))
+    module = "lckv_jax.decode." + ("bench_cell" if ours else "peers")
+    with log.open("w", encoding="utf-8") as output:
+        code = _run([sys.executable, "-m", module, str(asked), str(result)], environment, output)
+    record = _stored(stem.parent.parent, stem.name) if code == 0 else None
+    if record is None:
+        why = f"killed by signal {-code}, as for want of memory" if code < 0 else _last_line(log.read_text("utf-8"))
+        error = f"failed: {why} (see {log})"
+        record = {"identity": cell.identity.model_dump(), "facts": {"device": machine["device"]}, "results": None,
+                  "error": error}  # fmt: skip
+        write_json(result, record)
+    else:
+        log.unlink()
+        asked.unlink()
+    return record
+
+
+def _run(command: list[str], environment: dict[str, str], output: Any) -> int:
+    """The exit code of a process, which does not outlive this call."""
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
