@@ -11,7 +11,6 @@ stopping criteria and no logits processors. Only this process knows torch, which
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -20,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -34,30 +34,34 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, LlamaForCausalLM
 
-_WARM_UPS = 2
-_COMPILED_STEPS = 3  # compiles, records a CUDA graph, and replays it
-_COPY_BYTES, _COPIES, _COPY_REPEATS = 2**28, 8, 5
-RESULTS = (
-    "prefill_ms", "passes_used", "residual", "decode_step_ms", "decode_tokens_per_s", "tokens_per_s", "compile_s",
-    "peak_bytes", "peak_bytes_kind", "cache_bytes_held", "cache_bytes_read_per_step", "weight_bytes_read_per_step",
-    "copy_bandwidth", "share_of_roofline",
-)  # fmt: skip
+WARM_UPS = 2
+_COMPILED_STEPS = 3  # the first compiles, the second records a CUDA graph, the third replays it
+_COPY_BYTES, _COPIES, _COPY_REPEATS = 2**28, 4, 5
 
 
-class PeerCell(Frozen):
-    """What is measured."""
+class Identity(Frozen):
+    """What tells a cell from others; of those that `bench` knows, the ones that have a peer."""
 
-    name: str = Field(description="of the model, in the result")
-    model: ModelConfig = Field(description="sizes; its map is standard")
-    decoder: Literal["transformers dynamic", "transformers static"] = Field(description="which cache of theirs")
-    cache: Literal["full"] = Field(default="full", description="what the cache keeps")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field(description="of weights, cache and matrix products")
-    prompt: Positive = Field(description="tokens of each prompt")
-    new: int = Field(ge=2, description="tokens that each row gets: the first by the prompt, the others by steps")
-    batch: Positive = Field(description="rows")
-    repeats: int = Field(default=5, ge=5, description="timed runs")
-    memory_cap_bytes: Positive | None = Field(default=None, description="of the GPU; null = all of it")
-    seed: NonNegative = Field(default=0, description="of weights and prompts")
+    model: str
+    decoder: Literal["transformers dynamic", "transformers static"]
+    sharing: str
+    cache: Literal["full"]
+    dtype: Literal["float32", "bfloat16", "float64"]
+    prompt: Positive
+    new: Annotated[int, Field(ge=2)]
+    batch: Positive
+    passes: str | float = "trained"
+    memory_cap_bytes: Positive | None = None
+
+
+class Cell(Frozen):
+    """A cell to measure. bucket: of our own decoder, unused. seed: of weights and prompts."""
+
+    identity: Identity
+    model: ModelConfig
+    repeats: Annotated[int, Field(ge=5)]
+    bucket: Positive = 1
+    seed: NonNegative = 0
 
 
 class Times(NamedTuple):
@@ -67,38 +71,44 @@ class Times(NamedTuple):
     decode: float
 
 
-def read_cell(path: Path) -> PeerCell:
+def read_cell(path: Path) -> Cell:
     """The cell in a JSON file; raises UserError, also where transformers' Llama is no peer of the model."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a cell: {error}") from error
-    cell = build_config(PeerCell, tree, str(path))
+    cell = build_config(Cell, tree, str(path))
     if natural_format(cell.model) != "llama":
         raise UserError(
-            f"{path}: {cell.decoder} knows no map but the standard one, and model.sharing is {cell.model.sharing}; "
-            "measure it with the decoder lckv_jax"
+            f"{path}: {cell.identity.decoder} knows no map but the standard one, and model.sharing is "
+            f"{cell.model.sharing}; measure it with the decoder lckv_jax"
         )
     return cell
 
 
-def measure(cell: PeerCell) -> dict[str, Any]:
-    """The result of one cell: identity, facts, numbers, or `error` in one sentence where the numbers are null.
+def measure(cell: Cell) -> dict[str, Any]:
+    """The record of one cell: identity, facts, results, error (one sentence, and then results are null).
 
-    Errors are those that belong to the cell: memory that does not suffice, and a program that cannot be compiled.
+    Errors are those that belong to the cell: memory that does not suffice, a program that cannot be compiled.
     """
     import torch
 
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads())
-    _cap_memory(cell, device)
-    result = _facts(cell, device) | dict.fromkeys(RESULTS)
+    record = {"identity": cell.identity.model_dump(), "facts": {**_facts(cell, device), "started": started}}
+    cap = cell.identity.memory_cap_bytes
+    if cap is not None and device.type == "cpu":
+        return {**record, "results": None, "error": "cannot be capped: torch caps the memory of GPUs only"}
+    if cap is not None:
+        share = cap / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     try:
-        return result | _numbers(cell, device) | {"error": None}
+        return {**record, "results": _results(cell, device), "error": None}
     except RuntimeError as error:  # what torch raises for both
         if (sentence := _sentence(error, device)) is None:
             raise
-        return result | {"error": sentence}
+        return {**record, "results": None, "error": sentence}
 
 
 def threads() -> int:
@@ -107,18 +117,16 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def build(cell: PeerCell, device: torch.device | str) -> LlamaForCausalLM:
+def build(cell: Cell, device: torch.device | str) -> LlamaForCausalLM:
     """The model of the cell with random weights, made on the device in the cell's dtype."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    length = cell.prompt + cell.new
-    keys = hub_config(
-        cell.model, format="llama", max_position_embeddings=length, dtype=cell.dtype, bos_id=None, eos_id=None
-    )
+    dtype, length = cell.identity.dtype, cell.identity.prompt + cell.identity.new
+    keys = hub_config(cell.model, format="llama", max_position_embeddings=length, dtype=dtype, bos_id=None, eos_id=None)
     torch.manual_seed(cell.seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, cell.dtype))
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(device):
             return LlamaForCausalLM(LlamaConfig.from_dict(keys)).eval()
@@ -158,64 +166,61 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _cap_memory(cell: PeerCell, device: torch.device) -> None:
-    import torch
-
-    if cell.memory_cap_bytes is None:
-        return
-    if device.type != "cuda":
-        raise UserError("memory_cap_bytes caps the memory of a GPU, and torch sees none; leave it out")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cell.memory_cap_bytes / total))
-
-
-def _numbers(cell: PeerCell, device: torch.device) -> dict[str, Any]:
-    """What is measured: all of RESULTS."""
+def _results(cell: Cell, device: torch.device) -> dict[str, Any]:
     import torch
     from transformers import DynamicCache, StaticCache
 
+    wanted, cuda = cell.identity, device.type == "cuda"
+    static = wanted.decoder == "transformers static"
     bandwidth = copy_bandwidth(device)
     model = build(cell, device)
-    prompt_BT = torch.randint(cell.model.vocab_size, (cell.batch, cell.prompt), device=device)
+    prompt_BT = torch.randint(cell.model.vocab_size, (wanted.batch, wanted.prompt), device=device)
     step, compile_s, cache = model, 0.0, None
-    if cell.decoder == "transformers static":
-        cache = StaticCache(config=model.config, max_cache_len=cell.prompt + cell.new)
+    if static:
+        cache = StaticCache(config=model.config, max_cache_len=wanted.prompt + wanted.new)
         step = model.get_compiled_call(None)
-        compile_s = generate(model, step, prompt_BT, min(cell.new, 1 + _COMPILED_STEPS), cache)[1].decode
-    if device.type == "cuda":
+        compile_s = generate(model, step, prompt_BT, min(wanted.new, 1 + _COMPILED_STEPS), cache)[1].decode
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = []
-    for _ in range(_WARM_UPS + cell.repeats):
-        if cell.decoder == "transformers static":
+    for _ in range(WARM_UPS + cell.repeats):
+        if static:
             cache.reset()
         else:
             cache = None  # the last one goes before the next one comes
             cache = DynamicCache(config=model.config)
-        times.append(generate(model, step, prompt_BT, cell.new, cache)[1])
-    cuda = device.type == "cuda"
-    memory = {
-        "compile_s": compile_s,
+        times.append(generate(model, step, prompt_BT, wanted.new, cache)[1])
+    return {
+        **_speeds(cell, times[WARM_UPS:], weight_bytes(model), bandwidth),
+        "passes_used": None,
+        "residual": None,
+        "compile_s": round(compile_s, 2),
+        "largest": False,
+        "memory_model_bytes": None,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "peak_bytes_kind": "allocator" if cuda else None,
         "cache_bytes_held": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
     }
-    return memory | _speed(cell, times[_WARM_UPS:], weight_bytes(model), bandwidth)
 
 
-def _speed(cell: PeerCell, times: list[Times], weights: int, bandwidth: float) -> dict[str, Any]:
-    """Rates of the timed runs. Of the cache each step must read the tokens so far and write one, in all layers."""
-    steps = [run.decode / (cell.new - 1) for run in times]
+def _speeds(cell: Cell, times: list[Times], weights: int, bandwidth: float) -> dict[str, Any]:
+    """Rates of the timed runs, and the bytes that a step reads and writes at least: weights, the columns that the cache
+    has (on average; a static one has all from the start), and one new column."""
+    wanted = cell.identity
+    steps = [run.decode / (wanted.new - 1) for run in times]
     step = statistics.median(steps)
-    written = cell.batch * cache_bytes_per_token(cell)
-    read = written * (cell.prompt + cell.new / 2)  # the tokens of step i are prompt + i, i = 1 .. new - 1
+    written = wanted.batch * _token_bytes(cell)
+    columns = wanted.new if wanted.decoder == "transformers static" else wanted.new / 2  # step i of new - 1 reads i
+    read = written * (wanted.prompt + columns)
     return {
         "prefill_ms": _spread([run.prefill for run in times]),
         "decode_step_ms": _spread(steps),
-        "decode_tokens_per_s": cell.batch / step,
-        "tokens_per_s": cell.batch * cell.new / statistics.median(run.prefill + run.decode for run in times),
-        "cache_bytes_read_per_step": read,
+        "decode_tokens_per_s": wanted.batch / step,
+        "tokens_per_s": wanted.batch * wanted.new / statistics.median(run.prefill + run.decode for run in times),
+        "cache_bytes_read_per_step": round(read),
         "weight_bytes_read_per_step": weights,
         "copy_bandwidth": bandwidth,
+        "copy_bandwidth_how": f"torch's copy_ of {_COPY_BYTES >> 20} MiB into memory that is there",
         "share_of_roofline": (weights + read + written) / step / bandwidth,
     }
 
@@ -224,11 +229,11 @@ def _spread(seconds: list[float]) -> dict[str, float]:
     return {name: 1e3 * f(seconds) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
 
 
-def cache_bytes_per_token(cell: PeerCell) -> int:
-    """Bytes of the keys and values of one token in all layers."""
+def _token_bytes(cell: Cell) -> int:
+    """Of the keys and values of one token in all layers."""
     import torch
 
-    itemsize = getattr(torch, cell.dtype).itemsize
+    itemsize = getattr(torch, cell.identity.dtype).itemsize
     return cell.model.sharing.cache_bytes_per_token(cell.model.num_kv_heads, cell.model.head_dim, itemsize)
 
 
@@ -240,8 +245,8 @@ def weight_bytes(model: LlamaForCausalLM) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second when an array is copied onto another one of 256 MiB, which is beyond the
-    caches: the median of the repeats."""
+    """Bytes read and written per second when an array that no processor cache holds is copied onto another one: the
+    best of some repeats."""
     import torch
 
     source = torch.rand(_COPY_BYTES // 4, device=device)
@@ -252,7 +257,7 @@ def copy_bandwidth(device: torch.device) -> float:
         for _ in range(_COPIES):
             target.copy_(source)
         seconds.append(_now(device) - started)
-    return 2 * _COPY_BYTES * _COPIES / statistics.median(seconds[1:])
+    return 2 * _COPY_BYTES * _COPIES / min(seconds[1:])
 
 
 def _sentence(error: RuntimeError, device: torch.device) -> str | None:
@@ -272,34 +277,25 @@ def _sentence(error: RuntimeError, device: torch.device) -> str | None:
     return None
 
 
-def _facts(cell: PeerCell, device: torch.device) -> dict[str, Any]:
-    """Identity of the cell and what must be known beside its numbers; allocates nothing."""
+def _facts(cell: Cell, device: torch.device) -> dict[str, Any]:
+    """What must be known beside the numbers; allocates nothing. attention: what transformers chose."""
     import torch
     import transformers
 
     model = build(cell, "meta")
     return {
-        "model": cell.name,
-        "decoder": cell.decoder,
-        "sharing": str(cell.model.sharing),
-        "cache": cell.cache,
-        "dtype": cell.dtype,
-        "prompt": cell.prompt,
-        "new": cell.new,
-        "batch": cell.batch,
-        "largest": False,
-        "passes": "trained",
-        "memory_cap_bytes": cell.memory_cap_bytes,
-        "memory_model_bytes": None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": threads(),
         "attention": model.config._attn_implementation,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "commit": commit(),
         "repeats": cell.repeats,
         "random_weights": True,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -331,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.result.write_text(json.dumps(result, indent=1) + "\n")
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
