@@ -108,7 +108,8 @@ def test_roofline_with_the_lines_that_tell_good_from_bad():
     flat = sorted(y[0] for drawn in axes.get_lines() if len(set(y := drawn.get_ydata())) == 1 and len(y) == 2)
     assert flat == [0.6, 1.0]
     assert axes.get_ylim()[1] > 1.2  # the largest share, 0.5 + 0.7, is inside
-    assert not any(name.startswith("roofline") for name in figures([without(GRID[0], "share_of_roofline")]))
+    unknown = [without(GRID[0], "share_of_roofline"), without(GRID[1], "share_of_roofline")]
+    assert list(figures(unknown)) == ["throughput-512+512"]
 
 
 def without(given, key):
@@ -156,8 +157,8 @@ def test_streaming_where_no_peak_is_known():
 
 
 def test_lengths_caps_and_caches_have_pictures_of_their_own():
-    cells = [record(), record(new=2048), record(memory_cap_bytes=24_000_000_000), record(cache="sinks(4,1020)+int8")]
-    drawn = figures(cells)
+    kinds = ({}, {"new": 2048}, {"memory_cap_bytes": 24_000_000_000}, {"cache": "sinks(4,1020)+int8"})
+    drawn = figures([record(batch=batch, **kind) for kind in kinds for batch in (1, 8)])
     assert [name for name in drawn if name.startswith("throughput")] == [
         "throughput-512+512", "throughput-512+512-sinks-4-1020-int8", "throughput-512+2048", "throughput-512+512-24GB",
     ]  # fmt: skip
@@ -166,10 +167,15 @@ def test_lengths_caps_and_caches_have_pictures_of_their_own():
     assert "512+2,048 tokens" in drawn["throughput-512+2048"].get_suptitle()
 
 
+def test_a_single_batch_is_no_curve():
+    assert figures([record(), record("lckv"), failed(batch=8)]) == {}
+
+
 def test_dtypes_and_devices_are_not_mixed():
-    other = record(dtype="float32")
-    other["facts"]["device"] = "Xeon, 2 cores"
-    drawn = figures([record(), other])
+    others = [record(batch=batch, dtype="float32") for batch in (1, 8)]
+    for other in others:
+        other["facts"]["device"] = "Xeon, 2 cores"
+    drawn = figures([record(), record(batch=8), *others])
     assert {name for name in drawn if name.startswith("throughput")} == {
         "throughput-512+512-NVIDIA-H200-bfloat16", "throughput-512+512-Xeon-2-cores-float32",
     }  # fmt: skip

@@ -42,8 +42,9 @@ class Setting(NamedTuple):
 def plot(results: list[Record], folder: Path) -> list[Path]:
     """Draws what there is to see in the records of cells into PNG files in `folder`; cells with an error are left out.
 
-    For each device, dtype, lengths and memory cap: `throughput` and `roofline` over the batch for each cache,
-    `capacity` where largest batches are known, and `streaming` where caches have sinks. Returns the paths written.
+    For each device, dtype, lengths and memory cap: for each cache `throughput` and `roofline` over the batch, where
+    there are two batches; `capacity` where largest batches are known; `streaming` where caches have sinks. Returns the
+    paths written.
     Raises UserError if one cannot be written.
     """
     written = []
@@ -67,6 +68,8 @@ def figures(results: Iterable[Record]) -> dict[str, Figure]:
         for cache, same_cache in _grouped(records, lambda record: record["identity"]["cache"]).items():
             of_cache = "" if cache == "full" else f"-{_slug(cache)}"
             title = setting.title if cache == "full" else f"{setting.title}, cache {cache}"
+            if len(set(map(_batch, same_cache))) == 1:
+                continue  # no curve
             drawn[f"throughput-{end}{of_cache}"] = _draw_throughput(same_cache, title)
             if any(record["results"]["share_of_roofline"] is not None for record in same_cache):
                 drawn[f"roofline-{end}{of_cache}"] = _draw_roofline(same_cache, title)
@@ -181,13 +184,15 @@ def _over_batch(axes: Axes, records: Sequence[Record], value: Callable[[Record],
 
 
 def _draw_throughput(records: Sequence[Record], title: str) -> Figure:
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure, panels = _panels(2, title)
     for axes, (key, label) in zip(panels, _RATES.items()):
         _over_batch(axes, records, lambda record, key=key: record["results"][key])
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")  # as the batch: equal ratios are equal distances
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     _legend(figure, panels[0])
     return figure
@@ -221,7 +226,7 @@ def _draw_capacity(records: Sequence[Record], title: str) -> Figure:
     axes.bar_label(shown, ratios, padding=4, fontsize="small", color=_EDGE)
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlabel("largest batch that fits (rows)")
+    axes.set_xlabel("largest batch that fits" + ("" if standard is None else "; x: to the standard map, full cache"))
     return figure
 
 
@@ -251,7 +256,7 @@ def _draw_streaming(records: Sequence[Record], title: str) -> Figure:
     latency.set(xlabel="tokens the cache keeps", ylabel="ms a token", ylim=(0, None))
     memory.set(xlabel="tokens the cache keeps", ylabel="memory: cache (solid), peak (dashed)", yscale="log")
     low, high = memory.dataLim.intervaly
-    memory.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(1.01 * high)))
+    memory.set_ylim(10 ** math.floor(math.log10(0.99 * low)), 10 ** math.ceil(math.log10(1.01 * high)))
     memory.yaxis.set_major_formatter(EngFormatter(unit="B"))
     memory.yaxis.set_minor_formatter(NullFormatter())
     _legend(figure, latency)

@@ -265,15 +265,16 @@ def _sentence(error: RuntimeError, device: torch.device) -> str | None:
     import torch
     from torch._dynamo.exc import TorchDynamoException  # of inductor's too
 
-    said = str(error).strip().split("\n")
     if isinstance(error, torch.OutOfMemoryError):
         used, limit = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device).total_memory
         limit *= torch.cuda.get_per_process_memory_fraction()
         return f"does not fit: torch ran out of memory with {used / 1e9:.1f} GB in use of {limit / 1e9:.1f} GB"
-    if "DefaultCPUAllocator" in said[0]:
+    if "DefaultCPUAllocator" in str(error):
         return "does not fit: torch ran out of memory on the CPU"
     if isinstance(error, TorchDynamoException):
-        return f"torch.compile cannot compile the decode step: {said[0]}"
+        cause = getattr(error, "inner_exception", error)
+        said = str(cause).strip().partition("\n")[0]
+        return f"torch.compile cannot compile the decode step: {type(cause).__name__}: {said}"
     return None
 
 
