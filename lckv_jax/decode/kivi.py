@@ -153,13 +153,11 @@ def read(
 def grown(spec: KiviSpec, slot: Kivi) -> Kivi:
     """The slot with as many cells as `spec` says, the new ones empty and last; a ring keeps its size."""
 
-    def padded(x: jax.Array, size: int) -> jax.Array:
-        return jnp.pad(x, [(0, size - x.shape[2] if axis == 2 else 0) for axis in range(x.ndim)])
+    def padded(codes: Codes, size: int) -> Codes:
+        widths = [[(0, size - x.shape[2] if axis == 2 else 0) for axis in range(x.ndim)] for x in codes]
+        return Codes(*(jnp.pad(x, more, constant_values=value) for x, more, value in zip(codes, widths, (0, 1, 0))))
 
-    blocks = spec.cells // spec.residual
-    return slot._replace(
-        k=Codes(*(padded(x, blocks) for x in slot.k)), v=Codes(*(padded(x, spec.cells) for x in slot.v))
-    )
+    return slot._replace(k=padded(slot.k, spec.cells // spec.residual), v=padded(slot.v, spec.cells))
 
 
 # ---------------------------------------------------------------- groups and codes
