@@ -1,5 +1,6 @@
 """Log-probabilities by the decode path: exact for every map and cache, each list alone, and `evaluate` with caches."""
 
+import gzip
 import itertools
 import json
 import math
@@ -9,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import token_by_token
+from stories260k import write_tokenizer
 
 from lckv_jax import ModelConfig
 from lckv_jax.checkpoint import load
+from lckv_jax.config import read_overrides
+from lckv_jax.convert.hub import load_hub
+from lckv_jax.data.tokenizer import load_tokenizer
 from lckv_jax.decode.cache import fill
 from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.decode.step import decode_step, decode_weights
@@ -127,13 +132,41 @@ def test_one_program_for_each_size_of_the_cache():
 def test_what_cannot_be_scored(lists, arguments, message):
     config = small("0_2_2_3", dtype="float32")
     with pytest.raises(UserError, match=message):
-        score(make_params(config), config, lists, **arguments)
+        score(make_params(config, np.float32), config, lists, **arguments)
 
 
 def test_float64_that_would_be_float32_is_refused():
     config = small("0_2_2_3")
     with pytest.raises(UserError, match="JAX_ENABLE_X64"):
-        score(make_params(config), config, [[1, 2]], cache="full")
+        score(make_params(config, np.float32), config, [[1, 2]], cache="full")
+
+
+# ---------------------------------------------------------------- a trained model
+
+
+def test_stories_by_the_decode_path(stories_hub, reference):
+    """The full cache gives the reference's losses; codes of 8 bits cost little, short windows more than long ones."""
+    params, config = load_hub(stories_hub)
+    lists = [example["tokens"] for example in reference["examples"]]
+    caches = ["full", "int8", "window(64)", "window(32)", "sinks(4,28)"]
+    sums = {
+        cache: [-row.sum(dtype=np.float64) for row in score(params, config, lists, cache=cache)] for cache in caches
+    }
+    np.testing.assert_allclose(sums["full"], [example["nll_sum"] for example in reference["examples"]], rtol=1e-5)
+    means = {cache: sum(rows) / sum(len(tokens) - 1 for tokens in lists) for cache, rows in sums.items()}
+    assert 0 < means["int8"] - means["full"] < 0.01
+    assert means["full"] + 0.01 < means["window(64)"] < means["window(32)"] - 0.01
+    assert means["full"] + 0.01 < means["sinks(4,28)"]
+
+
+def test_the_tokenizer_of_the_stories(weights, test_data, reference, tmp_path):
+    """docs/generate.md measures with it: its ids are those that the reference was made of."""
+    write_tokenizer(weights, tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    with gzip.open(test_data / "tinystories" / "stories.jsonl.gz", "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for _, line in zip(reference["examples"], lines)]
+    for text, example in zip(texts, reference["examples"]):
+        assert [tokenizer.bos_id, *tokenizer.encode(text)][:512] == example["tokens"]
 
 
 # ---------------------------------------------------------------- evaluate
@@ -221,8 +254,6 @@ def test_numbers_that_are_none_are_refused():
     ],
 )
 def test_caches_on_the_command_line(value, caches):
-    from lckv_jax.config import read_overrides
-
     assert read_overrides(EvaluateConfig, [f"cache={value}"], "evaluate").cache == caches
 
 

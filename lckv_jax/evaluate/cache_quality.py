@@ -36,7 +36,8 @@ class CacheReport(NamedTuple):
 
     tokens: those predicted. nats: the mean of their -log p. bits_per_byte: its sum over ln 2 and the bytes of the text;
     None where these are not known or not all of it is predicted. row_bytes: of the cache of one row after the longest,
-    as it lies in memory. seconds: of decoding, without compilation and prefill. positions: empty where not wanted.
+    as it lies in memory. tokens_per_second: of decoding, without prefill and what ran while compiling; None where that
+    is all. positions: empty where not wanted.
     """
 
     cache: str
@@ -45,8 +46,7 @@ class CacheReport(NamedTuple):
     perplexity: float
     bits_per_byte: float | None
     row_bytes: int
-    seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     positions: tuple[Bucket, ...]
 
 
@@ -98,7 +98,7 @@ def measure_caches(
             row_bytes = max(decoded.row_bytes for decoded in found)
             first = skipped - 1 if prompt else 0  # the position of the first prediction
             buckets = _buckets(nats, first, by_position) if by_position else ()
-            reports.append(_report(cache, nats, text_bytes, row_bytes, timed.seconds, buckets))
+            reports.append(_report(cache, nats, text_bytes, row_bytes, timed, buckets))
     return reports
 
 
@@ -107,7 +107,7 @@ def _report(
     nats: Sequence[np.ndarray],
     text_bytes: int | None,
     row_bytes: int,
-    seconds: float,
+    timed: Timed,
     buckets: tuple[Bucket, ...],
 ) -> CacheReport:
     total, tokens = math.fsum(row.sum() for row in nats), sum(map(len, nats))
@@ -118,8 +118,7 @@ def _report(
         perplexity=perplexity_of(total / tokens),
         bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
         row_bytes=row_bytes,
-        seconds=round(seconds, 3),
-        tokens_per_second=round(tokens / seconds, 1),
+        tokens_per_second=round(timed.tokens / timed.seconds, 1) if timed.tokens else None,
         positions=buckets,
     )
 
@@ -153,9 +152,10 @@ def cache_table(reports: Sequence[CacheReport]) -> Iterator[str]:
     yield f"{'cache':<{wide}}" + "".join(f"{name:>{width}}" for name, width in columns.items())
     for report in reports:
         bits = "unknown" if report.bits_per_byte is None else f"{report.bits_per_byte:.4f}"
+        speed = "unknown" if report.tokens_per_second is None else f"{report.tokens_per_second:,.0f}"
         yield (
             f"{report.cache:<{wide}}{report.perplexity:>12,.3f}{report.nats:>11.5f}{bits:>10}{report.row_bytes:>12,}"
-            f"{report.tokens_per_second:>9,.0f}"
+            f"{speed:>9}"
         )
     if reports[0].positions:
         widths = [max(11, len(report.cache) + 2) for report in reports]
@@ -163,5 +163,4 @@ def cache_table(reports: Sequence[CacheReport]) -> Iterator[str]:
         for buckets in zip(*(report.positions for report in reports)):
             values = "".join(f"{bucket.perplexity:>{width},.3f}" for bucket, width in zip(buckets, widths))
             yield f"{f'{buckets[0].start:,}-{buckets[0].stop - 1:,}':<16}{values}"
-    seconds = ", ".join(f"{report.seconds:.1f} s" for report in reports)
-    yield f"{reports[0].tokens:,} tokens predicted one by one in {seconds} (compilation left out)"
+    yield f"{reports[0].tokens:,} tokens predicted one by one"

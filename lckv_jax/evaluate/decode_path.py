@@ -169,21 +169,23 @@ def _logprob(logits_BV: jax.Array, label_B: jax.Array) -> jax.Array:
 
 
 class Timed:
-    """Runs `segment`, compiled ahead of time, and adds up the seconds of that. after: called with each segment's
-    number of live tokens."""
+    """Runs `segment` and adds up its seconds and live tokens, but for the first of each shape, which is compiled.
+
+    after: called with each segment's number of live tokens.
+    """
 
     def __init__(self, after: Callable[[int], None]) -> None:
-        self.seconds = 0.0
-        self._after, self._programs = after, {}
+        self.seconds, self.tokens = 0.0, 0
+        self._after, self._compiled = after, set()
 
     def __call__(
         self, weights: Weights, config: ModelConfig, specs: tuple[SlotSpec, ...], cache: Cache, *arrays: np.ndarray
     ) -> tuple[Cache, jax.Array]:
-        shape = (specs, arrays[0].shape)
-        if shape not in self._programs:
-            self._programs[shape] = segment.lower(weights, config, specs, cache, *arrays).compile()
+        shape, tokens = (specs, arrays[0].shape), int(arrays[-1].sum())
         started = time.monotonic()
-        done = jax.block_until_ready(self._programs[shape](weights, cache, *arrays))
-        self.seconds += time.monotonic() - started
-        self._after(int(arrays[-1].sum()))
+        done = jax.block_until_ready(segment(weights, config, specs, cache, *arrays))
+        if shape in self._compiled:
+            self.seconds, self.tokens = self.seconds + time.monotonic() - started, self.tokens + tokens
+        self._compiled.add(shape)
+        self._after(tokens)
         return done

@@ -35,6 +35,7 @@ def draw_positions(reports: Sequence[CacheReport], path: Path, *, trained: int) 
     if trained < last:
         axes.axvline(trained, color="#8a93a3", linewidth=0.9, linestyle="--", label=f"trained on rows of {trained:,}")
     axes.set(xlabel="position of the newest token", ylabel="-log p of the next token, nats", xlim=(0, last))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title("Token by token, by what the cache keeps", loc="left", fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8.5)
