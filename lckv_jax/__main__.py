@@ -115,7 +115,8 @@ _SETTINGS = _Argument(
         "nargs": "*",
         "default": [],
         "metavar": "a=b",
-        "help": "files, passes, seq_len, batch_size, max_tokens, out, as in files=texts/*.txt (see docs/training.md)",
+        "help": "files, passes, seq_len, batch_size, max_tokens, packing, out, as in files=texts/*.txt (see "
+        "docs/training.md); cache, prompt_tokens, by_position, plot (see docs/generate.md)",
     },
 )
 _GENERATION = _Argument(

@@ -1,7 +1,11 @@
-"""stories260K, a really trained model, from its documented file to a Hugging Face folder."""
+"""stories260K, a really trained model, from its documented files to a Hugging Face folder.
+
+python tests/stories260k.py WEIGHTS FOLDER
+"""
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +67,35 @@ def write_stories260k(weights: Path, folder: Path) -> Path:
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def write_tokenizer(weights: Path, folder: Path) -> None:
+    """Its tokenizer, tok512.bin, as a sentencepiece `tokenizer.model` in `folder`."""
+    raw, at, pieces = (weights / "tok512.bin").read_bytes(), 4, b""
+    types = {0: 2, 1: 3, 2: 3} | dict.fromkeys(range(3, 259), 6)  # unknown, control, bytes; the others are normal
+    for id in range(512):
+        score, length = struct.unpack_from("<fi", raw, at)
+        text = raw[at + 8 : at + 8 + length].decode().strip("\n").replace(" ", "\u2581").encode()
+        at += 8 + length
+        pieces += _field(1, _field(1, text) + b"\x15" + struct.pack("<f", score) + _field(3, types.get(id, 1)))
+    trainer = _field(3, 2) + _field(4, 512) + _field(35, 1)  # BPE, vocabulary, bytes for unknown characters
+    normalizer = _field(1, b"identity") + _field(3, 1) + _field(4, 0) + _field(5, 1)  # a space in front; spaces stay
+    (folder / "tokenizer.model").write_bytes(pieces + _field(2, trainer) + _field(3, normalizer))
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """One field of a protocol buffer: an integer, or a string of bytes."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 127, value >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
+
+
+if __name__ == "__main__":
+    weights, folder = map(Path, sys.argv[1:])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(weights, write_stories260k(weights, folder))

@@ -26,13 +26,13 @@ def place(trained, tmp_path, monkeypatch):
 def test_command(line, place, capsys):
     words = shlex.split(line)
     command = words[words.index("lckv_jax") + 1 :]
-    if not any(word.startswith("max_new_tokens") for word in command):
-        command.append("max_new_tokens=8")
+    limit = {"generate": "max_new_tokens=8", "evaluate": "max_tokens=100"}[command[0]]
+    if not any(word.startswith(limit.partition("=")[0]) for word in command):
+        command.append(limit)
     assert main(command) == 0
     assert capsys.readouterr().out.strip() or (place / "answers.jsonl").read_text().strip()
 
 
 def test_code(place, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    exec(code, {})
+    exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.S)), {})
     assert capsys.readouterr().out

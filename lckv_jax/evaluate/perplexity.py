@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 
 from lckv_jax.checkpoint import load
 from lckv_jax.config import ModelConfig, Sources, read_overrides
+from lckv_jax.decode.spec import CacheSpec
 from lckv_jax.errors import UserError
-from lckv_jax.evaluate.rows import Batch, Text, list_batch, read_text, text_batches
+from lckv_jax.evaluate.cache_quality import CacheReport, cache_table, measure_caches, perplexity_of
+from lckv_jax.evaluate.decode_path import Prompt, check_spec, decode_lists
+from lckv_jax.evaluate.position_plot import check_format, draw_positions
+from lckv_jax.evaluate.progress import telling
+from lckv_jax.evaluate.rows import Batch, Text, groups, list_batch, read_text, text_batches, text_pieces
 from lckv_jax.model.kernels import choose_backend
 from lckv_jax.model.layers import Params
 from lckv_jax.model.loss import IGNORED, token_nll
@@ -29,10 +34,6 @@ from lckv_jax.model_config import Frozen, Positive
 if TYPE_CHECKING:
     from lckv_jax.data.batches import Packing
 
-_BATCH_TOKENS = 8192  # of a batch that `score` makes
-_LEAST_LENGTH = 16  # shorter rows are filled up to it
-_TELL_SECONDS = 10.0  # between lines of progress where there is no terminal
-
 _token_nll = jax.jit(token_nll, static_argnames=("config", "passes", "chunk"))
 
 
@@ -40,7 +41,12 @@ _token_nll = jax.jit(token_nll, static_argnames=("config", "passes", "chunk"))
 
 
 def score(
-    params: Params, config: ModelConfig, token_lists: Sequence[Sequence[int]], *, passes: Passes = "exact"
+    params: Params,
+    config: ModelConfig,
+    token_lists: Sequence[Sequence[int]],
+    *,
+    passes: Passes = "exact",
+    cache: CacheSpec | str | None = None,
 ) -> list[np.ndarray]:
     """Log-probability of each token after the first, given those before it: for each list an array [length - 1].
 
@@ -49,15 +55,24 @@ def score(
     passes: `trained`, `exact` or a tolerance (see `refine.stop_rule`). Results are float32, or the compute dtype if
     that is wider, and depend on no other list but by rounding, as the shape of a batch decides the order of sums. The
     attention kernel is that of `auto` for each length, whatever the model was trained with.
-    Raises UserError for a token that the model does not have.
+    cache: what a decoder keeps (see `CacheSpec.parse`); each token then goes through one decode step, from an empty
+    cache, which is exact for every map. None = all tokens at once.
+    Raises UserError for a token that the model does not have, for a cache that chooses its tokens when a prompt ends,
+    and for other than exact passes with a cache.
     """
     stop_rule(config, passes)  # a misspelt word is told before any work
+    if cache is not None and passes != "exact":
+        raise UserError(f"passes={passes} with a cache: a decode step is exact by itself; leave out passes, or cache")
     config = config.model_copy(update={"attention": "auto"})
     lists = [_check_tokens(number, tokens, config.vocab_size) for number, tokens in enumerate(token_lists)]
     params = jax.tree.map(jax.numpy.asarray, params)
     dtype = np.promote_types(np.float32, np.float64 if config.dtype == "float64" else np.float32)
     scores = [np.zeros(0, dtype)] * len(lists)
-    for length, numbers in _groups([len(tokens) for tokens in lists]):
+    if cache is not None:
+        for number, row in decode_lists(params, config, lists, CacheSpec.parse(cache)).items():
+            scores[number] = row
+        return scores
+    for length, numbers in groups([len(tokens) for tokens in lists]):
         nll, _ = _token_nll(params, config, list_batch([lists[n] for n in numbers], length), passes=passes)
         for number, row in zip(numbers, np.asarray(nll)):
             scores[number] = -row[: len(lists[number]) - 1]
@@ -77,23 +92,6 @@ def _check_tokens(number: int, tokens: Sequence[int], vocab_size: int) -> np.nda
     return ids.astype(np.int32)
 
 
-def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Batches of lists with something to score, longest first: the length to pad them to, and which they are."""
-    order = sorted((n for n, length in enumerate(lengths) if length > 1), key=lambda n: -lengths[n])
-    while order:
-        length = _padded_length(lengths[order[0]] - 1)
-        rows = 1 << max(0, (_BATCH_TOKENS // length).bit_length() - 1)
-        numbers = [n for n in order[:rows] if _padded_length(lengths[n] - 1) == length]
-        yield length, numbers
-        order = order[len(numbers) :]
-
-
-def _padded_length(tokens: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes to compile for, and at most a third of a row is padding."""
-    power = max(_LEAST_LENGTH, 1 << (tokens - 1).bit_length())
-    return power * 3 // 4 if power > _LEAST_LENGTH and tokens <= power * 3 // 4 else power
-
-
 # ---------------------------------------------------------------- evaluate
 
 
@@ -105,6 +103,13 @@ def _as_passes(value: Any) -> Any:
             f"a number is a tolerance such as 1e-2, not how many passes are made; {wrong[0]:g} is too large"
         )
     return values
+
+
+def _as_caches(value: Any) -> Any:
+    """Texts of caches, also where YAML has split a list of them at the commas inside their parentheses."""
+    joined = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    texts = re.split(r",(?![^(]*\))", joined)
+    return tuple(dict.fromkeys(str(CacheSpec.parse(text)) for text in texts))
 
 
 class EvaluateConfig(Frozen):
@@ -119,6 +124,45 @@ class EvaluateConfig(Frozen):
     batch_size: Positive = Field(default=8, description="rows scored at once")
     max_tokens: Positive | None = Field(default=None, description="score only so many tokens, the first; null = all")
     out: str | None = Field(default=None, description="also write the numbers as JSON to this file")
+    packing: Literal["masked", "joined"] | None = Field(
+        default=None,
+        description="documents of a row: `masked` never see each other, `joined` are one text; null = data.packing of "
+        "the run",
+    )
+    cache: Annotated[tuple[str, ...], BeforeValidator(_as_caches)] = Field(
+        default=(),
+        description="predict token by token on these caches instead, such as full or [full,sinks(4,60)+int8]; one "
+        "report each",
+    )
+    prompt_tokens: Positive | None = Field(
+        default=None,
+        description="with cache: the first so many tokens of each text of a row are a prompt, which is not scored; "
+        "`passes` are then those of the prompt",
+    )
+    by_position: Positive | None = Field(
+        default=None, description="with cache: also tell the perplexity of every so many positions"
+    )
+    plot: str | None = Field(default=None, description="with by_position: draw it into this .png, .svg or .pdf file")
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateConfig:
+        for name, value, needed, other in (
+            ("prompt_tokens", self.prompt_tokens, self.cache, "cache=full"),
+            ("by_position", self.by_position, self.cache, "cache=full"),
+            ("plot", self.plot, self.by_position, "by_position=256"),
+        ):
+            if value is not None and not needed:
+                raise ValueError(f"{name} needs {other.partition('=')[0]}; add, for example, {other}")
+        if self.cache and "passes" in self.model_fields_set and (self.prompt_tokens is None or len(self.passes) > 1):
+            raise ValueError(
+                "with cache, passes are those of the prompts: give one, with prompt_tokens; or leave passes out, as "
+                "decoding is exact by itself"
+            )
+        for cache in self.cache:
+            check_spec(CacheSpec.parse(cache), self.prompt_tokens)
+        if self.plot is not None:
+            check_format(self.plot)
+        return self
 
 
 class Report(NamedTuple):
@@ -158,39 +202,76 @@ def evaluate(checkpoint: str, overrides: Sequence[str]) -> None:
     for passes in wanted.passes:
         stop_rule(run.model, passes)
     settings = tuple(dict.fromkeys(wanted.passes))[: None if run.model.sharing.cyclic else 1]
-    out = None if wanted.out is None else _writable(wanted.out)
+    out, plot = (None if path is None else _writable(path) for path in (wanted.out, wanted.plot))
     text = read_text(run, wanted.files, wanted.max_tokens, tokenizer)
-    seq_len = wanted.seq_len or run.data.seq_len
+    seq_len, packing = wanted.seq_len or run.data.seq_len, wanted.packing or run.data.packing
     size = "" if text.bytes is None else f" ({text.bytes:,} bytes)"
     averaged = ", averaged parameters" if run.train.ema_decay else ""
     say(f"{checkpoint}{averaged}: {text.what}, {len(text.tokens):,} tokens{size} in rows of {seq_len}")
     model = run.model.model_copy(update={"attention": "auto"})  # that of the training may not run here
-    say(choose_backend(model, seq_len=seq_len)[1])
-    reports = measure(
-        params, model, text, settings, seq_len, wanted.batch_size, packing=run.data.packing, console=console
-    )
-    for line in _table(run.model, reports):
+    if wanted.cache:
+        reports = _measure_caches(wanted, params, model, text, seq_len, packing, console)
+        if plot is not None:
+            draw_positions(reports, plot, trained=run.data.seq_len)
+        lines = cache_table(reports)
+    else:
+        say(choose_backend(model, seq_len=seq_len)[1])
+        reports = measure(params, model, text, settings, seq_len, wanted.batch_size, packing=packing, console=console)
+        lines = _table(run.model, reports)
+    for line in lines:
         say(line)
     if out is not None:
         facts = {"checkpoint": checkpoint, "text": text.what, "bytes": text.bytes, "seq_len": seq_len}
-        _write(out, {**facts, "sharing": str(run.model.sharing), "reports": [report._asdict() for report in reports]})
-        say(f"wrote {out}")
+        facts |= {"packing": packing, "prompt_tokens": wanted.prompt_tokens, "sharing": str(run.model.sharing)}
+        _write(out, {**facts, "reports": [_plain(report) for report in reports]})
+    for path in (out, plot):
+        if path is not None:
+            say(f"wrote {path}")
+
+
+def _measure_caches(
+    wanted: EvaluateConfig,
+    params: Params,
+    model: ModelConfig,
+    text: Text,
+    seq_len: int,
+    packing: Packing,
+    console: Console,
+) -> list[CacheReport]:
+    passes = wanted.passes[0] if "passes" in wanted.model_fields_set else "exact"
+    return measure_caches(
+        params,
+        model,
+        text_pieces(text, seq_len, packing),
+        wanted.cache,
+        wanted.batch_size,
+        prompt=Prompt(wanted.prompt_tokens, passes) if wanted.prompt_tokens else None,
+        by_position=wanted.by_position,
+        text_bytes=None if wanted.prompt_tokens else text.bytes,
+        console=console,
+    )
 
 
 def _writable(out: str) -> Path:
-    """The path of the report, whose folder is made; a wrong one is told before the work, not after it."""
+    """The path of a file to write, whose folder is made; a wrong one is told before the work, not after it."""
     path = Path(out).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}; give another file") from error
+        raise UserError(f"{out} cannot be written: {error.strerror}; give another file") from error
     return path
 
 
+def _plain(value: Any) -> Any:
+    """Named tuples as mappings, and null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", None)
+        return [*map(_plain, value)] if names is None else dict(zip(names, map(_plain, value)))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(path: Path, numbers: dict[str, Any]) -> None:
-    for report in numbers["reports"]:
-        report.update({name: None for name, x in report.items() if isinstance(x, float) and not math.isfinite(x)})
     try:
         path.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
@@ -214,22 +295,14 @@ def measure(
     """
     steps: dict[Passes, Any] = {}
     parts: dict[Passes, list[_Part]] = {passes: [] for passes in settings}
-    for batch in _told(text_batches(text, seq_len, batch_size, packing), text, seq_len * batch_size, console):
-        counts_BT = batch["labels"][:, 1:] != IGNORED
-        for passes in settings:
-            if passes not in steps:
-                steps[passes] = _token_nll.lower(params, config, batch, passes=passes).compile()
-            started = time.monotonic()
-            nll_BT, rows = jax.device_get(steps[passes](params, batch))
-            seconds = time.monotonic() - started
-            if not np.isfinite(nll_BT).all():
-                raise UserError(
-                    f"passes={_name(passes)}: the loss is not finite; the parameters of this checkpoint are of no use, "
-                    "evaluate an earlier one"
-                )
-            real_B = counts_BT.any(axis=1)  # other rows fill up the batch
-            nats, count = float(nll_BT.sum(dtype=np.float64)), int(counts_BT.sum())
-            parts[passes].append(_Part(nats, count, rows["passes"][real_B], rows["residual"][real_B], seconds))
+    total = len(text.tokens) - 1
+    with telling(console, total) as tell:
+        for number, batch in enumerate(text_batches(text, seq_len, batch_size, packing), 1):
+            for passes in settings:
+                if passes not in steps:
+                    steps[passes] = _token_nll.lower(params, config, batch, passes=passes).compile()
+                parts[passes].append(_measured(steps[passes], params, batch, passes))
+            tell(min(total, number * seq_len * batch_size))
     return [_report(passes, parts[passes], text.bytes) for passes in settings]
 
 
@@ -243,6 +316,21 @@ class _Part(NamedTuple):
     seconds: float
 
 
+def _measured(step: Any, params: Params, batch: Batch, passes: Passes) -> _Part:
+    counts_BT = batch["labels"][:, 1:] != IGNORED
+    started = time.monotonic()
+    nll_BT, rows = jax.device_get(step(params, batch))
+    seconds = time.monotonic() - started
+    if not np.isfinite(nll_BT).all():
+        raise UserError(
+            f"passes={_name(passes)}: the loss is not finite; the parameters of this checkpoint are of no use, "
+            "evaluate an earlier one"
+        )
+    real_B = counts_BT.any(axis=1)  # other rows fill up the batch
+    nats, count = float(nll_BT.sum(dtype=np.float64)), int(counts_BT.sum())
+    return _Part(nats, count, rows["passes"][real_B], rows["residual"][real_B], seconds)
+
+
 def _report(passes: Passes, parts: Sequence[_Part], text_bytes: int | None) -> Report:
     tokens, seconds = sum(part.tokens for part in parts), sum(part.seconds for part in parts)
     total = math.fsum(part.nats for part in parts)
@@ -252,7 +340,7 @@ def _report(passes: Passes, parts: Sequence[_Part], text_bytes: int | None) -> R
         passes=passes,
         tokens=tokens,
         nats=nats,
-        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        perplexity=perplexity_of(nats),
         bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
         mean_passes=float(passes_made.mean()),
         max_passes=int(passes_made.max()),
@@ -291,22 +379,3 @@ def _table(config: ModelConfig, reports: Sequence[Report]) -> Iterator[str]:
 
 def _name(passes: Passes) -> str:
     return passes if isinstance(passes, str) else f"tolerance {passes:g}"
-
-
-def _told(batches: Iterator[Batch], text: Text, batch_tokens: int, console: Console | None) -> Iterator[Batch]:
-    """The batches, and how far they are: a live line on a terminal, elsewhere a line now and then."""
-    if console is None:
-        yield from batches
-        return
-    total, told = len(text.tokens) - 1, time.monotonic()
-    live = Progress(TextColumn("{task.description}"), console=console, transient=True, disable=not console.is_terminal)
-    with live:
-        task = live.add_task("compiling")
-        for number, batch in enumerate(batches):
-            line = f"scored {number * batch_tokens:,} of {total:,} tokens"
-            if number:
-                live.update(task, description=line)
-            if not console.is_terminal and time.monotonic() - told > _TELL_SECONDS:
-                console.print(line, highlight=False)
-                told = time.monotonic()
-            yield batch

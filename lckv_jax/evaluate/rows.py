@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lckv_jax.data.tokenizer import Tokenizer
 
 _READ_TOKENS = 4096  # of a prepared split at once
+_BATCH_TOKENS = 8192  # of a group of lists
+_LEAST_LENGTH = 16  # shorter rows are filled up to it
 
 Batch = dict[str, np.ndarray]
 
@@ -123,6 +125,37 @@ def text_batches(text: Text, seq_len: int, batch_size: int, packing: Packing) ->
             part = text.tokens[start : start + seq_len + 1]
             tokens_BT[row, : len(part)], lengths_B[row] = part, len(part)
         yield _without_padding(label_rows(tokens_BT, text.bos_id, text.eos_id, packing), lengths_B)
+
+
+def text_pieces(text: Text, seq_len: int, packing: Packing) -> list[np.ndarray]:
+    """What each row of `text_batches` shows as one text: its documents (masked), or all of it (joined).
+
+    Every token of a piece after its first one is predicted from those before it, as in `text_batches`.
+    """
+    pieces = []
+    for start in range(0, len(text.tokens) - 1, seq_len):
+        row = text.tokens[start : start + seq_len + 1]
+        firsts = [0, *(np.flatnonzero(row[1:] == text.bos_id) + 1)] if packing == "masked" else [0]
+        shared = int(text.bos_id == text.eos_id)  # the next document's BOS is the end of this one
+        pieces += [row[a : b + shared] for a, b in zip(firsts, [*firsts[1:], len(row)])]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def groups(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Batches of lists with something to score, longest first: the length to pad them to, and which they are."""
+    order = sorted((n for n, length in enumerate(lengths) if length > 1), key=lambda n: -lengths[n])
+    while order:
+        length = padded_length(lengths[order[0]] - 1)
+        rows = 1 << max(0, (_BATCH_TOKENS // length).bit_length() - 1)
+        numbers = [n for n in order[:rows] if padded_length(lengths[n] - 1) == length]
+        yield length, numbers
+        order = order[len(numbers) :]
+
+
+def padded_length(tokens: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes to compile for, and at most a third of a row is padding."""
+    power = max(_LEAST_LENGTH, 1 << (tokens - 1).bit_length())
+    return power * 3 // 4 if power > _LEAST_LENGTH and tokens <= power * 3 // 4 else power
 
 
 def list_batch(lists: Sequence[np.ndarray], length: int) -> Batch:

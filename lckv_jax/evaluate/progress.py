@@ -1,0 +1,35 @@
+"""How far an evaluation is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+_TELL_SECONDS = 10.0  # between lines where there is no terminal
+
+
+@contextmanager
+def telling(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to be told how many of `total` tokens are scored: a live line on a terminal, elsewhere a line now and
+    then, and nothing without a console."""
+    if console is None:
+        yield lambda done: None
+        return
+    told = time.monotonic()
+    live = Progress(TextColumn("{task.description}"), console=console, transient=True, disable=not console.is_terminal)
+    with live:
+        task = live.add_task("compiling")
+
+        def tell(done: int) -> None:
+            nonlocal told
+            line = f"scored {done:,} of {total:,} tokens"
+            live.update(task, description=line)
+            if not console.is_terminal and time.monotonic() - told > _TELL_SECONDS:
+                console.print(line, highlight=False)
+                told = time.monotonic()
+
+        yield tell
