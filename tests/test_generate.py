@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lckv_jax.convert.hub import load_hub
+from lckv_jax.decode import capacity
 from lckv_jax.decode import generate as module
 from lckv_jax.decode import loop as programs
 from lckv_jax.decode.generate import generate, generate_rows, stream
@@ -126,6 +127,24 @@ def test_logits_that_are_no_numbers_are_told(lckv):
     broken = {**params, "final_norm": np.full_like(params["final_norm"], np.nan)}
     with pytest.raises(UserError, match="not finite"):
         generate(broken, config, [[1, 2]], 4)
+
+
+def test_a_batch_that_cannot_fit_names_one_that_does(lckv, monkeypatch):
+    params, config = lckv
+    monkeypatch.setattr(capacity, "total_bytes", lambda: 3_000_000)
+    with pytest.raises(UserError, match=r"a batch of 50 does not fit.*give at most \d+ at once") as error:
+        generate(params, config, [[1, 2]] * 50, 1000)
+    fit = int(re.search(r"at most (\d+)", str(error.value))[1])
+    assert 1 <= fit < 50
+    with pytest.raises(UserError, match="give a cache that keeps less"):
+        generate(params, config, [[1, 2]], 10**9)
+
+
+def test_memory_that_is_full_is_told():
+    with pytest.raises(UserError, match="a batch of 3 does not fit"), capacity.memory_told(3):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), capacity.memory_told(3):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no memory is meant")
 
 
 @pytest.mark.parametrize("case", ["p01_llama_mha", "p03_lckv_w2"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+
+from lckv_jax.errors import UserError
 
 _CLOSE = 0.01  # a batch is as good as the largest if it is so near to it
 _MOST_PROBES = 12
@@ -50,6 +53,33 @@ def total_bytes() -> int:
 def _meminfo(name: str) -> int:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def check_fits(weight_bytes: int, row_bytes: int, batch: int) -> None:
+    """Raises UserError if weights and the caches of `batch` rows alone are more than the memory there is."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit") or total_bytes()
+    if weight_bytes + batch * row_bytes > limit:
+        fit = max(0, (limit - weight_bytes) // row_bytes)
+        mend = f"give at most {fit} at once" if fit else "give a cache that keeps less, or fewer new tokens"
+        raise UserError(
+            f"a batch of {batch} does not fit: weights of {weight_bytes / 1e9:.2f} GB and a cache of "
+            f"{batch * row_bytes / 1e9:.2f} GB, but the device has {limit / 1e9:.2f} GB; {mend}"
+        )
+
+
+@contextmanager
+def memory_told(batch: int) -> Iterator[None]:
+    """Makes a UserError of the device's memory being full."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"a batch of {batch} does not fit: the device's memory is full; give fewer prompts at once, fewer new "
+            "tokens or a cache that keeps less"
+        ) from error
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

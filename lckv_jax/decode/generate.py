@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lckv_jax.config import ModelConfig
+from lckv_jax.decode.cache import bytes_held
+from lckv_jax.decode.capacity import check_fits, memory_told
 from lckv_jax.decode.loop import Chosen, Prompts, decode, grow, prefill, unstack
 from lckv_jax.decode.sampling import Sampling, row_keys
 from lckv_jax.decode.spec import CacheSpec, grows, slot_specs
@@ -70,12 +72,14 @@ def generate_rows(
     prompts: token ids, with the BOS that the model was trained with; nothing is added. passes: how often a prompt
     passes over cyclic spans (`refine.stop_rule`); the new tokens are exact whatever it is. cache: `CacheSpec.parse`.
     sampling: None = greedy. stop: tokens after which a row ends. What a row becomes does not depend on the others.
-    Raises UserError for an empty prompt, a token that the model does not have, or numbers that are not finite.
+    Raises UserError for an empty prompt, a token that the model does not have, a batch that does not fit, or numbers
+    that are not finite.
     """
     if not prompts:
         return []
     options = _Options(CacheSpec.parse(cache), passes, sampling, np.array(sorted(stop), np.int32))
-    pieces = list(_pieces(params, config, prompts, max_new_tokens, options, _SEGMENT))
+    with memory_told(len(prompts)):
+        pieces = list(_pieces(params, config, prompts, max_new_tokens, options, _SEGMENT))
     chosen = jax.tree.map(lambda *xs: np.concatenate(xs, axis=0), *(piece.chosen for piece in pieces))
     rows = zip(chosen.token.T, chosen.logprob.T, chosen.live.T, pieces[0].passes_B)
     return [Generated(token[live].tolist(), logprob[live].tolist(), int(used)) for token, logprob, live, used in rows]
@@ -101,8 +105,9 @@ def stream(
     if max_new_tokens is None and any(grows(slot) for slot in slot_specs(config, spec, _ENDLESS)):
         raise UserError(f"cache {spec} grows without end; give max_new_tokens, or a cache such as sinks(4,1020)")
     options = _Options(spec, passes, sampling, np.array(sorted(stop), np.int32))
-    for piece in _pieces(params, config, [prompt], max_new_tokens, options, every):
-        yield piece.chosen.token[piece.chosen.live].tolist()
+    with memory_told(1):
+        for piece in _pieces(params, config, [prompt], max_new_tokens, options, every):
+            yield piece.chosen.token[piece.chosen.live].tolist()
 
 
 class _Options(NamedTuple):
@@ -139,6 +144,8 @@ def _pieces(
     keys_B = row_keys(sampling or Sampling(), len(prompts))
     prompt = columns = tokens_BT.shape[1]
     total = min(columns + left, _ENDLESS)
+    at_most = bytes_held(config, slot_specs(config, spec, total, prompt=prompt), 1)
+    check_fits(sum(x.nbytes for x in jax.tree.leaves(weights)), at_most, len(prompts))
     specs = slot_specs(config, spec, _bucket(columns + 1), total, prompt=prompt)
     loop, chosen, used = prefill(weights, config, specs, passes, sampling, Prompts(tokens_BT, padding_B, keys_B), stops)
     passes_B = np.asarray(used.passes_B)
