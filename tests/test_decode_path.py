@@ -145,17 +145,16 @@ def test_float64_that_would_be_float32_is_refused():
 
 
 def test_stories_by_the_decode_path(stories_hub, reference):
-    """The full cache gives the reference's losses; codes of 8 bits cost little, short windows more than long ones."""
+    """The full cache gives the reference's losses; codes of 8 bits cost little, few tokens more."""
     params, config = load_hub(stories_hub)
     lists = [example["tokens"] for example in reference["examples"]]
-    caches = ["full", "int8", "window(64)", "window(32)", "sinks(4,28)"]
+    caches = ["full", "int8", "sinks(4,28)"]
     sums = {
         cache: [-row.sum(dtype=np.float64) for row in score(params, config, lists, cache=cache)] for cache in caches
     }
     np.testing.assert_allclose(sums["full"], [example["nll_sum"] for example in reference["examples"]], rtol=1e-5)
     means = {cache: sum(rows) / sum(len(tokens) - 1 for tokens in lists) for cache, rows in sums.items()}
     assert 0 < means["int8"] - means["full"] < 0.01
-    assert means["full"] + 0.01 < means["window(64)"] < means["window(32)"] - 0.01
     assert means["full"] + 0.01 < means["sinks(4,28)"]
 
 
