@@ -11,7 +11,7 @@ import numpy as np
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cache import Cache, fill, grown, next_positions, observed
-from lckv_jax.decode.prefill import prefill_rows
+from lckv_jax.decode.prefill import Prefilled, prefill_rows
 from lckv_jax.decode.sampling import Sampling, choose, penalised
 from lckv_jax.decode.spec import SlotSpec
 from lckv_jax.decode.step import Weights, decode_step, decode_weights, head_logits
@@ -122,18 +122,35 @@ def prefill_group(
 ) -> tuple[Loop, Chosen, Used]:
     """What `prefill` does for one group of rows, `chunk` columns at once. plain: no row has padding."""
     tokens_BT, padding_B, keys_B = (jnp.asarray(x) for x in prompts)
-    B, T = tokens_BT.shape
-    pos_BT = jnp.maximum(jnp.arange(T, dtype=jnp.int32)[None] - padding_B[:, None], -1)
-    wanted = {spec.owner: observed(spec, T) for spec in specs}
-    wanted = {owner: queries for owner, queries in wanted.items() if queries}
-    done = prefill_rows(weights, config, tokens_BT, pos_BT, passes, chunk=chunk, observed=wanted, plain=plain)
+    B = tokens_BT.shape[0]
+    cache, done = fill_cache(weights, config, specs, passes, tokens_BT, padding_B, chunk=chunk, plain=plain)
     seen_BV = None
     if sampling is not None and sampling.repetition_penalty != 1.0:
-        rows = jnp.arange(B)[:, None]
-        seen_BV = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BT].max(pos_BT >= 0)
-    loop = Loop(fill(specs, done.kvs, padding_B, done.masses), tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
+        real_BT = jnp.arange(tokens_BT.shape[1])[None] >= padding_B[:, None]
+        seen_BV = jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], tokens_BT].max(real_BT)
+    loop = Loop(cache, tokens_BT[:, -1], jnp.ones(B, bool), seen_BV)
     loop, chosen = _choose(sampling, loop, head_logits(weights, done.x_BD), keys_B, stops)
     return loop, chosen, Used(done.passes_B, done.residual_B)
+
+
+def fill_cache(
+    weights: Weights,
+    config: ModelConfig,
+    specs: tuple[SlotSpec, ...],
+    passes: Passes,
+    tokens_BT: jax.Array,
+    padding_B: jax.Array,
+    *,
+    chunk: int,
+    plain: bool,
+) -> tuple[Cache, Prefilled]:
+    """The cache after prompts, and what else came of them. chunk: columns at once; plain: no row has padding."""
+    T = tokens_BT.shape[1]
+    pos_BT = jnp.maximum(jnp.arange(T, dtype=jnp.int32)[None] - padding_B[:, None], -1)
+    queries = {spec.owner: observed(spec, T) for spec in specs}
+    wanted = {owner: number for owner, number in queries.items() if number}
+    done = prefill_rows(weights, config, tokens_BT, pos_BT, passes, chunk=chunk, observed=wanted, plain=plain)
+    return fill(specs, done.kvs, padding_B, done.masses), done
 
 
 Filled = tuple[Loop, Chosen, Used]

@@ -91,7 +91,7 @@ def measure_caches(
             timed, spec, found = Timed(count), CacheSpec.parse(cache), []
             for batch in batches:
                 rows = min(batch_size, len(ordered))
-                found.append(decode_batch(params, weights, config, spec, batch, rows, prompt=prompt, run=timed))
+                found.append(decode_batch(weights, config, spec, batch, rows, prompt=prompt, run=timed))
             nats = [-row.astype(np.float64) for decoded in found for row in decoded.logprobs]
             if not all(np.isfinite(row).all() for row in nats):
                 raise UserError(f"cache={cache}: the loss is not finite; evaluate an earlier checkpoint, or without it")

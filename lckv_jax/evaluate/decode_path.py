@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.cache import Cache, bytes_held, empty, fill
-from lckv_jax.decode.loop import grow, unstack
+from lckv_jax.decode.cache import Cache, bytes_held, empty
+from lckv_jax.decode.loop import fill_cache, grow, tiles, unstack
 from lckv_jax.decode.spec import CacheSpec, SlotSpec, slot_specs
-from lckv_jax.decode.step import Weights, decode_step
+from lckv_jax.decode.step import Weights, decode_step, head_logits
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.rows import groups, padded_length
-from lckv_jax.model.attention import wider
 from lckv_jax.model.layers import Params
 from lckv_jax.model.refine import Passes
-from lckv_jax.model.transformer import check_dtype, head_matrix, hidden_states
+from lckv_jax.model.transformer import check_dtype
 
 _STEPS = 64  # tokens of each row that one compiled program takes
 _LEAST_CELLS = 256  # of a cache that will grow; early steps do not read what late ones need
@@ -80,7 +79,7 @@ def decode_lists(
     weights, found = unstack(params, config), {}
     for _, numbers in groups([len(tokens) for tokens in lists]):
         rows = 1 << (len(numbers) - 1).bit_length()
-        decoded = decode_batch(params, weights, config, spec, [lists[number] for number in numbers], rows)
+        decoded = decode_batch(weights, config, spec, [lists[number] for number in numbers], rows)
         found |= dict(zip(numbers, decoded.logprobs))
     return found
 
@@ -95,7 +94,6 @@ def check_spec(spec: CacheSpec, prompt_tokens: int | None) -> None:
 
 
 def decode_batch(
-    params: Params,
     weights: Weights,
     config: ModelConfig,
     spec: CacheSpec,
@@ -107,7 +105,7 @@ def decode_batch(
 ) -> Decoded:
     """The lists as one batch of `rows` rows, which begin together and end one by one.
 
-    weights: `params` as a decoder reads them. Each list has at least two tokens more than the prompt. run: called
+    Each list has at least two tokens more than the prompt. run: called
     as `segment` is, for each of the compiled steps.
     """
     start = prompt.tokens if prompt else 0
@@ -123,7 +121,7 @@ def decode_batch(
     if prompt is None:
         cache = empty(config, specs, rows)
     else:
-        cache, first_B = _after_prompt(params, config, specs, prompt.passes, tokens_TB[:start].T, tokens_TB[start])
+        cache, first_B = _after_prompt(weights, config, specs, prompt.passes, tokens_TB[:start].T, tokens_TB[start])
         found.append(first_B[None])
     for column in range(start, total, steps):
         now = slice(column, column + steps)
@@ -149,7 +147,7 @@ def _room(columns: int, total: int) -> int:
 
 @partial(jax.jit, static_argnames=("config", "specs", "passes"))
 def _after_prompt(
-    params: Params,
+    weights: Weights,
     config: ModelConfig,
     specs: tuple[SlotSpec, ...],
     passes: Passes,
@@ -157,10 +155,9 @@ def _after_prompt(
     label_B: jax.Array,
 ) -> tuple[Cache, jax.Array]:
     """The cache after prompts of one length, as `generate` fills it, and the log-probability of what follows, [B]."""
-    hidden = hidden_states(params, config, tokens_BT, passes=passes)
-    x_BD, head = hidden.x_BTD[:, -1], head_matrix(params, config)
-    logits_BV = jnp.einsum("BD,DV->BV", x_BD, head, preferred_element_type=wider(x_BD.dtype))
-    return fill(specs, hidden.slots, jnp.zeros(tokens_BT.shape[0], jnp.int32)), _logprob(logits_BV, label_B)
+    no_padding_B, chunk = jnp.zeros(tokens_BT.shape[0], jnp.int32), tiles(config, *tokens_BT.shape).chunk
+    cache, done = fill_cache(weights, config, specs, passes, tokens_BT, no_padding_B, chunk=chunk, plain=True)
+    return cache, _logprob(head_logits(weights, done.x_BD), label_B)
 
 
 def _logprob(logits_BV: jax.Array, label_B: jax.Array) -> jax.Array:
