@@ -367,7 +367,9 @@ def test_the_table_has_room_for_errors_and_for_what_peers_cannot_tell():
     unknown = ("passes_used", "residual", "peak_bytes", "peak_bytes_kind", "memory_model_bytes")
     peer["results"] |= dict.fromkeys(unknown)
     broken = record_of(asked) | {"results": None, "error": "does not fit: so it is"}
-    text = "\n".join(table([record_of(asked), peer, broken]))
+    again = [record_of(asked), peer | {"identity": peer["identity"] | {"batch": 3}}]
+    text = "\n".join(table([record_of(asked), peer, *again, broken]))
+    assert text.count("best  decode") == 1
     assert "mine, transformers dynamic" in text and "does not fit: so it is" in text and "decode x1.00" in text
 
 
