@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, field_validator, model_validator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lckv_jax.config import build_config
 from lckv_jax.config_text import apply_override, read_yaml
@@ -284,20 +284,18 @@ def _plot(records: list[dict[str, Any]], folder: Path, say: Any) -> None:
 
 def _told(keys: list[str], console: Console) -> Iterator[str]:
     """The keys, with a progress bar and the time that is left; without a terminal a line before each."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
     started = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(keys))
         for number, key in enumerate(keys):
+            name = key.rpartition("--")[0]
+            minutes = (time.monotonic() - started) / 60
+            left = f", about {minutes / number * (len(keys) - number):.0f} min left" if number else ""
             if not console.is_terminal:
-                left = (time.monotonic() - started) / number * (len(keys) - number) / 60 if number else None
-                eta = "" if left is None else f", about {left:.0f} min left"
-                console.print(
-                    f"[{number + 1}/{len(keys)}{eta}] {key.rpartition('--')[0]}", markup=False, highlight=False
-                )
-            bar.update(task, description=key.rpartition("--")[0])
+                console.print(f"[{number + 1}/{len(keys)}{left}] {name}", markup=False, highlight=False, soft_wrap=True)
+            bar.update(task, completed=number, description=name + left)
             yield key
-            bar.advance(task)
 
 
 @contextlib.contextmanager

@@ -12,30 +12,32 @@ _COLUMNS = {
     "batch": 7,
     "prefill ms": 11,
     "passes": 7,
-    "ms/step (min-max)": 24,
-    "decode/s": 10,
+    "ms/step (min-max)": 23,
+    "decode/s": 9,
     "all/s": 9,
-    "peak": 8,
-    "held": 8,
-    "read": 8,
+    "peak": 7,
+    "held": 7,
+    "read": 7,
     "roof": 6,
+    "compile": 9,
 }
 _LEGEND = (
     "decode/s, all/s: new tokens a second, of the steps alone and with the time of the prompt",
     "held, read: bytes of the cache, and of it read by a step; weights are read besides",
+    "peak: of memory, with the weights; compile: of all programs, not in the times",
     "roof: bytes of weights and cache that a step reads and writes, over its time and the copy bandwidth",
 )
 
 
 def one_line(record: Record) -> str:
     """What a finished cell gave."""
-    results = record["results"]
+    identity, results = record["identity"], record["results"]
+    cell = f"  {_name(record)}, {identity['cache']}, {identity['prompt']}+{identity['new']}, batch {_batch(record)}: "
     if results is None:
-        return f"  {record['error']}"
-    return (
-        f"  batch {_batch(record)}: prefill {results['prefill_ms']['median']:.4g} ms, "
-        f"decode {results['decode_step_ms']['median']:.4g} ms a step, {results['decode_tokens_per_s']:,.0f} tokens/s, "
-        f"{results['share_of_roofline']:.0%} of the roofline; compiled in {results['compile_s']:.0f} s"
+        return cell + record["error"]
+    return cell + (
+        f"prefill {_number(results['prefill_ms']['median'])} ms, decode {_number(results['decode_step_ms']['median'])} "
+        f"ms a step, {results['decode_tokens_per_s']:,.0f} tokens/s; compiled in {results['compile_s']:.0f} s"
     )
 
 
@@ -49,7 +51,7 @@ def _is_largest(record: Record) -> bool:
 
 
 def table(records: Sequence[Record]) -> Iterator[str]:
-    """Lines of about 100 columns."""
+    """Lines of about 110 columns."""
     width = max(len(_name(record)) for record in records) + 2
 
     def group(record: Record) -> tuple:
@@ -102,6 +104,7 @@ def _row(record: Record) -> str:
         f"{results['tokens_per_s']:,.0f}",
         *(_size(results[name]) for name in ("peak_bytes", "cache_bytes_held", "cache_bytes_read_per_step")),
         "-" if results["share_of_roofline"] is None else f"{results['share_of_roofline']:.0%}",
+        f"{results['compile_s']:.0f} s",
     )
     return "".join(f"{text:>{size}}" for text, size in zip(texts, _COLUMNS.values()))
 
@@ -136,7 +139,7 @@ def _ratios(records: Sequence[Record], width: int) -> Iterator[str]:
     by_batch = {record["identity"]["batch"]: record for record in baseline}
     yield f"{'':<{width}}{'batch':>{_COLUMNS['batch']}}  over {baseline[0]['identity']['model']}"
     others = [record for record in good if not _is_baseline(record)]
-    for name, group in itertools.groupby(others, key=_name):
+    for name, group in itertools.groupby(sorted(others, key=_name), key=_name):
         rows = list(group)
         for record in rows:
             if standard := by_batch.get(record["identity"]["batch"]):
