@@ -155,7 +155,7 @@ def test_a_cache_that_loses_nothing_is_the_full_one_bit_for_bit():
         np.testing.assert_array_equal(decode_logits(params, config, tokens, cache)[0], full, err_msg=cache)
 
 
-@pytest.mark.parametrize("cache", ["full", "window(5)+int8", "sinks(2,5)", "int8"])
+@pytest.mark.parametrize("cache", ["full", "window(5)+int8", "sinks(2,5)", "int8", "int4"])
 def test_bytes_by_formula_are_those_of_the_arrays(cache):
     config = small("0s_2_2_3")
     params, tokens = make_params(config), np.random.default_rng(7).integers(0, 40, (3, TOKENS))

@@ -10,7 +10,7 @@ import pytest
 from oracle import token_by_token
 from test_decode_step import make_params, small, solve
 
-from lckv_jax.decode import kivi
+from lckv_jax.decode import codecs, kivi
 from lckv_jax.decode.cache import append, bytes_held, empty, fill, read
 from lckv_jax.decode.generate import generate_rows
 from lckv_jax.decode.loop import unstack
@@ -70,10 +70,10 @@ def as_stored(bits, group, residual, at, keys, values):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_all_codes_survive_packing(bits, size):
     codes = jnp.asarray([[(first + i) % 2**bits for i in range(size)] for first in range(2**bits)], jnp.uint8)
-    packed = kivi.pack(codes, bits)
+    packed = codecs.pack(codes, bits)
     assert packed.shape == (2**bits, -(-size * bits // 8)) and packed.dtype == jnp.uint8
-    np.testing.assert_array_equal(kivi.unpack(packed, bits, size), codes)
-    assert kivi.pack(jnp.asarray([[1, 2, 3, 0]], jnp.uint8), 2)[0, 0] == 0b00_11_10_01  # the first lowest
+    np.testing.assert_array_equal(codecs.unpack(packed, bits, size), codes)
+    assert codecs.pack(jnp.asarray([[1, 2, 3, 0]], jnp.uint8), 2)[0, 0] == 0b00_11_10_01  # the first lowest
 
 
 def one_slot(bits=2, group=GROUP, residual=R, cells=2 * R, **window):
@@ -84,7 +84,7 @@ def decoded(codes, bits, size, axis):
     """Numbers of a slot's codes, repeated scales, in float64."""
     group = (np.array(codes.packed.shape[-2]) if axis == -2 else size) // codes.scale.shape[axis]
     scale, low = (np.repeat(np.asarray(x, np.float64), group, axis) for x in (codes.scale, codes.low))
-    return np.asarray(kivi.unpack(codes.packed, bits, size)) * scale + low
+    return np.asarray(codecs.unpack(codes.packed, bits, size)) * scale + low
 
 
 def filled(spec, k, v):

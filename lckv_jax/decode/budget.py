@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cells import EMPTY
-from lckv_jax.decode.codecs import encode, token_bytes
+from lckv_jax.decode.codecs import decoded, encode, token_bytes
 from lckv_jax.decode.select import POOL, heaviest
 from lckv_jax.decode.spec import BudgetSpec
 from lckv_jax.model.attention import attend_and_weigh, attend_cells, readable
@@ -110,11 +110,12 @@ def read(
 
     strict, window: of the layer that reads.
     """
-    del config, spec
+    del config
     mask_BKTS = jax.vmap(lambda pos_BS: readable(pos_BT, pos_BS, None, None, strict=strict, window=window), 1, 1)(
         slot.pos
     )
-    arrays = q_BTNH, slot.k, slot.v, mask_BKTS
+    k, v = (decoded(spec.codec, x, q_BTNH.shape[-1]) for x in (slot.k, slot.v))
+    arrays = q_BTNH, k, v, mask_BKTS
     if slot.score is None:
         return attend_cells(*arrays, k_scale_BKS=slot.k_scale, v_scale_BKS=slot.v_scale), None
     return attend_and_weigh(*arrays, k_scale_BKS=slot.k_scale, v_scale_BKS=slot.v_scale)

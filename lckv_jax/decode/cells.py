@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.codecs import encode, token_bytes
+from lckv_jax.decode.codecs import decoded, encode, token_bytes
 from lckv_jax.decode.spec import CellsSpec
 from lckv_jax.model.attention import First, attend_cells, readable, rope_frequencies, rope_tables, rotate, wider
 from lckv_jax.model.layers import KV
@@ -91,9 +91,8 @@ def read(
         rest = mask[:, :, spec.sinks :] & (k_pos_BS[:, None, spec.sinks :] >= spec.sinks)
         mask = jnp.concatenate([sinks, rest], axis=2)
         first = First(spec.sinks, _moved(config, q_BTNH, jnp.maximum(pos_BT - (spec.sinks + spec.cells - 1), 0)))
-    return attend_cells(
-        q_BTNH, slot.k, slot.v, mask[:, None], k_scale_BKS=slot.k_scale, v_scale_BKS=slot.v_scale, first=first
-    )
+    k, v = (decoded(spec.codec, x, q_BTNH.shape[-1]) for x in (slot.k, slot.v))
+    return attend_cells(q_BTNH, k, v, mask[:, None], k_scale_BKS=slot.k_scale, v_scale_BKS=slot.v_scale, first=first)
 
 
 def grown(spec: CellsSpec, slot: Cells) -> Cells:

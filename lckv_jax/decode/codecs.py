@@ -7,26 +7,52 @@ import jax.numpy as jnp
 
 from lckv_jax.model.attention import wider
 
-CODE_BYTES = {"raw": 0.0, "int8": 1.0, "int4": 0.5}  # of one number; raw: of the compute dtype
 _LARGEST = {"int8": 127, "int4": 7}  # codes are symmetric around 0
+_ZERO = 8  # what stands for 0 in a packed code of 4 bits
 
 
 def encode(codec: str, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """x [..., H] = codes * scale [...], to half a scale; a token of zeros has scale 1.
+    """x [..., H] as codes, and scales [...], such that x = codes * scale to half a scale; zeros have scale 1.
 
-    raw: x itself, without a scale.
+    raw: x itself, without a scale. int4: two codes a byte, see `decoded`.
     """
     if codec == "raw":
         return x, None
     x = x.astype(wider(x.dtype))
     scale = jnp.max(jnp.abs(x), axis=-1) / _LARGEST[codec]
     scale = jnp.where(scale == 0.0, 1.0, scale)
-    return jnp.round(x / scale[..., None]).astype(codec), scale
+    codes = jnp.round(x / scale[..., None]).astype(jnp.int8)
+    return (pack((codes + _ZERO).astype(jnp.uint8), 4) if codec == "int4" else codes), scale
+
+
+def decoded(codec: str, codes: jax.Array, size: int) -> jax.Array:
+    """The numbers [..., size] whose product with their scale `encode` stands for: int8 where there are codes."""
+    return unpack(codes, 4, size).astype(jnp.int8) - _ZERO if codec == "int4" else codes
 
 
 def token_bytes(codec: str, heads: int, head_dim: int, dtype: str) -> int:
     """Bytes of the keys and values of one token in one slot, with their scales."""
-    numbers, size = 2 * heads * head_dim, jnp.dtype(dtype)
+    size = jnp.dtype(dtype)
     if codec == "raw":
-        return numbers * size.itemsize
-    return int(numbers * CODE_BYTES[codec]) + 2 * heads * wider(size).itemsize
+        return 2 * heads * head_dim * size.itemsize
+    a_head = head_dim if codec == "int8" else -(-head_dim // 2)
+    return 2 * heads * (a_head + wider(size).itemsize)
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes [..., H], uint8 below 2^bits, as bytes [..., H * bits / 8], rounded up; the first in the lowest bits."""
+    each = 8 // bits
+    more = -codes.shape[-1] % each
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, more)])
+    codes = codes.reshape(*codes.shape[:-1], -1, each) << _shifts(bits, codes.ndim + 1)
+    return codes.sum(axis=-1, dtype=jnp.uint8)
+
+
+def unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
+    """The codes [..., size] in `pack`'s bytes."""
+    codes = (packed[..., None] >> _shifts(bits, packed.ndim + 1)) & jnp.uint8(2**bits - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :size]
+
+
+def _shifts(bits: int, ndim: int) -> jax.Array:
+    return jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape([1] * (ndim - 1) + [-1])

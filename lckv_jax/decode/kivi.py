@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
+from lckv_jax.decode.codecs import pack, unpack
 from lckv_jax.decode.spec import KiviSpec
 from lckv_jax.model.attention import readable, wider
 from lckv_jax.model.layers import KV
@@ -205,25 +206,6 @@ def _encode(bits: int, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, j
 
 def _stored(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32)
-
-
-def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes [..., H], uint8 below 2^bits, as bytes [..., H * bits / 8], rounded up; the first in the lowest bits."""
-    each = 8 // bits
-    more = -codes.shape[-1] % each
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, more)])
-    codes = codes.reshape(*codes.shape[:-1], -1, each) << _shifts(bits, codes.ndim + 1)
-    return codes.sum(axis=-1, dtype=jnp.uint8)
-
-
-def unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
-    """The codes [..., size] in `pack`'s bytes."""
-    codes = (packed[..., None] >> _shifts(bits, packed.ndim + 1)) & jnp.uint8(2**bits - 1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :size]
-
-
-def _shifts(bits: int, ndim: int) -> jax.Array:
-    return jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape([1] * (ndim - 1) + [-1])
 
 
 # ---------------------------------------------------------------- products with codes
