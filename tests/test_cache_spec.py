@@ -7,7 +7,15 @@ from lckv_jax.decode.cache import bytes_held, bytes_read_per_step
 from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.errors import UserError
 
-TEXTS = ["full", "window(7)", "sinks(4,1020)", "full+int8", "window(7)+int4", "sinks(4,1020)+int8"]
+TEXTS = [
+    "full",
+    "window(7)",
+    "sinks(4,1020)",
+    "full+int8",
+    "window(7)+int4",
+    "sinks(4,1020)+int8",
+    "budget(64,8,h2o)+int4",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
