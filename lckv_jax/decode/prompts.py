@@ -41,7 +41,8 @@ class GenerateConfig(Frozen):
     cache: str = Field(
         default="full",
         description="what the cache keeps: POLICY+CODEC of full, window(tokens), sinks(first,tokens), "
-        "budget(tokens,recent,snapkv) (or pyramidkv, h2o) and raw, int8, int4; such as sinks(4,1020)+int8",
+        "budget(tokens,recent,snapkv) (or pyramidkv, h2o) and raw, int8, int4, "
+        "kivi(bits,group,residual); such as sinks(4,1020)+int8",
     )
     passes: str | float = Field(
         default="exact", description="of the prompt over cyclic spans: `trained`, `exact` or a tolerance such as 1e-2"
