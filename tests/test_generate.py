@@ -48,6 +48,32 @@ def test_log_probabilities_are_those_of_scoring(lckv):
     assert row.passes == 5  # the prompt's tokens
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_decode_path_gives_the_exact_logits(golden, case):
+    """Token by token from an empty cache, against the golden logits of enough passes."""
+    params, config = load_hub(golden / case)
+    want = load_file(golden / case / "golden.safetensors")
+    logits = want["logits_exact" if "logits_exact" in want else "logits"].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    logprobs -= logits.max(-1, keepdims=True)
+    for row, got in enumerate(score(params, config, want["input_ids"].tolist(), cache="full")):
+        labels = want["input_ids"][row, 1:]
+        np.testing.assert_allclose(got, logprobs[row, :-1][np.arange(len(labels)), labels], rtol=0, atol=5e-5)
+
+
+def test_a_row_is_the_same_bit_for_bit_beside_any_others(lckv):
+    """In one padded shape: what the other rows hold, and that they have ended, changes no bit."""
+    params, config = lckv
+    first = list(range(20))
+    busy = generate_rows(params, config, [first, [5, 6, 7]], 10)
+    other = generate_rows(params, config, [first, [9]], 10)
+    assert busy[0] == other[0]
+    stop = busy[1].tokens[0]
+    assert stop not in busy[0].tokens
+    ended = generate_rows(params, config, [first, [5, 6, 7]], 10, stop=[stop])
+    assert len(ended[1].tokens) == 1 and ended[0] == busy[0]
+
+
 @pytest.mark.parametrize(
     ("cache", "sampling"),
     [

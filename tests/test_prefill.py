@@ -56,6 +56,16 @@ def test_chunks_change_nothing(sharing, start, passes):
                 np.testing.assert_allclose(mine[pos_BT >= 0], other[pos_BT >= 0], atol=1e-10)
 
 
+def test_so_many_passes_make_so_many_tokens_exact():
+    config = small("3_3_3_3", no_grad_passes=2, grad_passes=1)
+    params = make_params(config)
+    trained, exact, no_tolerance = (prefilled(config, params, passes, 4) for passes in ("trained", "exact", 0.0))
+    for kv, want, same in zip(trained.kvs[3], exact.kvs[3], no_tolerance.kvs[3]):
+        np.testing.assert_allclose(want[0], same[0], rtol=1e-11)
+        np.testing.assert_allclose(kv[0, :3], want[0, :3], rtol=1e-12)
+        assert abs(kv[0, 4:] - want[0, 4:]).max() > 1e-3
+
+
 @pytest.mark.parametrize("queries", [1, 3, T])
 @pytest.mark.parametrize("sharing", ["0_1_2_3", "0_2_2_3", "0_0_2_2"])
 def test_masses_are_the_probabilities_of_the_last_queries(sharing, queries):
