@@ -15,7 +15,7 @@ from lckv_jax.decode.cache import append, bytes_held, empty, fill, read
 from lckv_jax.decode.generate import generate_rows
 from lckv_jax.decode.loop import unstack
 from lckv_jax.decode.spec import CacheSpec, KiviSpec, slot_specs
-from lckv_jax.decode.step import decode_step
+from lckv_jax.decode.step import decode_step, head_logits
 from lckv_jax.errors import UserError
 from lckv_jax.model.layers import KV
 
@@ -153,7 +153,7 @@ def test_as_many_tokens_become_codes_as_the_closed_form_says():
     look = jax.jit(partial(read, config, spec, strict=False, window=None))
 
     def reads(slot, at):
-        return np.asarray(look(slot, q, jnp.full((1, 1), at, jnp.int32)))
+        return np.asarray(look(slot, q, jnp.full((1, 1), at, jnp.int32))[0])
 
     for t, _, slot in steps(spec, k, v):
         T = t + 1
@@ -230,7 +230,7 @@ def decode_rows(params, config, rows, prompts, cache, live=None, new=None):
     hidden = solve(params, config, jnp.asarray(tokens[:, :longest]), jnp.asarray(pos_BT))
     state, weights = jitted_fill(specs, hidden.slots, jnp.asarray(padding)), unstack(params, config)
     live = jnp.ones(len(rows), bool) if live is None else live
-    out = [hidden.x_BTD[:, -1] @ weights.head_DV]
+    out = [head_logits(weights, hidden.x_BTD[:, -1])]
     for t in range(longest, columns if new is None else longest + new):
         logits, state = step(weights, config, specs, state, jnp.asarray(tokens[:, t]), live)
         out.append(logits)
