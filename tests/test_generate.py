@@ -196,6 +196,16 @@ def test_the_compiled_loop_copies_no_slot(golden, case, text):
     assert all(np.prod([int(n) for n in shape.split(",")]) < slot for shape in copies), copies
 
 
+def test_one_program_for_all_seeds(lckv):
+    params, config = lckv
+    kinds = programs.prefill_group, programs.decode
+    for kind in kinds:
+        kind.clear_cache()
+    drawn = [generate(params, config, [[3, 1]], 9, sampling=Sampling(top_k=30, seed=seed)) for seed in (0, 8, 2**32 - 1)]
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert [kind._cache_size() for kind in kinds] == [1, 1]
+
+
 def test_one_program_for_each_bucket(lckv, monkeypatch):
     params, config = lckv
     programs.decode.clear_cache()

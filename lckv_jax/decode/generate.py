@@ -142,6 +142,7 @@ def _pieces(
     weights = params if isinstance(params, Weights) else unstack(jax.tree.map(jnp.asarray, params), config)
     spec, passes, sampling, stops = options
     keys_B = row_keys(sampling or Sampling(), len(prompts))
+    sampling = sampling and sampling.model_copy(update={"seed": 0})  # the keys have it: one program for all seeds
     prompt = columns = tokens_BT.shape[1]
     total = min(columns + left, _ENDLESS)
     at_most = bytes_held(config, slot_specs(config, spec, total, prompt=prompt), 1)

@@ -126,7 +126,9 @@ def _continue_all(
     lines = []
     for first in range(0, len(prompts), config.batch_size):
         texts = prompts[first : first + config.batch_size]
-        sampling = config.sampling and config.sampling.model_copy(update={"seed": config.sampling.seed + first})
+        sampling = config.sampling
+        if sampling is not None:  # seeds go round, as in `row_keys`
+            sampling = sampling.model_copy(update={"seed": (sampling.seed + first) % 2**32})
         rows = generate_rows(
             weights,
             model,
