@@ -148,6 +148,12 @@ def test_mistakes_are_one_sentence(lckv, prompts, options, words):
         generate(params, config, prompts, **{"max_new_tokens": 4, **options})
 
 
+def test_float64_that_would_be_float32_is_refused(lckv):
+    params, config = lckv
+    with pytest.raises(UserError, match="JAX_ENABLE_X64"):
+        generate(params, config.model_copy(update={"dtype": "float64"}), [[1, 2]], 4)
+
+
 def test_logits_that_are_no_numbers_are_told(lckv):
     params, config = lckv
     broken = {**params, "final_norm": np.full_like(params["final_norm"], np.nan)}

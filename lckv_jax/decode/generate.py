@@ -19,6 +19,7 @@ from lckv_jax.decode.step import Weights
 from lckv_jax.errors import UserError
 from lckv_jax.model.layers import Params
 from lckv_jax.model.refine import Passes, stop_rule
+from lckv_jax.model.transformer import check_dtype
 
 _BUCKET = 256  # columns by which a cache grows: early steps do not read what late ones need
 _SEGMENT = 64  # steps between looks at whether every row has ended
@@ -72,8 +73,8 @@ def generate_rows(
     prompts: token ids, with the BOS that the model was trained with; nothing is added. passes: how often a prompt
     passes over cyclic spans (`refine.stop_rule`); the new tokens are exact whatever it is. cache: `CacheSpec.parse`.
     sampling: None = greedy. stop: tokens after which a row ends. What a row becomes does not depend on the others.
-    Raises UserError for an empty prompt, a token that the model does not have, a batch that does not fit, or numbers
-    that are not finite.
+    Raises UserError for an empty prompt, a token that the model does not have, a batch that does not fit, float64
+    without JAX_ENABLE_X64, or numbers that are not finite.
     """
     if not prompts:
         return []
@@ -134,6 +135,7 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """The first new tokens, then those of up to `segment` steps at a time, until all rows have ended."""
     stop_rule(config, options.passes)  # a misspelt word is told before any work
+    check_dtype(config)
     left = _ENDLESS if max_new_tokens is None else max_new_tokens
     if left < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}; give 1 or more")
