@@ -11,7 +11,7 @@ from oracle import token_by_token
 from lckv_jax import ModelConfig
 from lckv_jax.decode.cache import append, bytes_held, bytes_read_per_step, fill
 from lckv_jax.decode.spec import CacheSpec, slot_specs
-from lckv_jax.decode.step import decode_step, decode_weights, head_logits
+from lckv_jax.decode.step import decode_step, decode_weights, head_logits, step_bytes
 from lckv_jax.model.layers import KV
 from lckv_jax.model.transformer import hidden_states, init_params
 
@@ -110,6 +110,14 @@ def test_every_kind_of_model(changes, cache):
     got, _, _ = decode_logits(params, config, tokens, cache)
     want = token_by_token(params, config, tokens[0], **CACHES[cache])
     np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-9)
+
+
+def test_a_head_that_is_the_embedding_is_there_once():
+    tied, apart = (small("0_2_2_3", tie_embeddings=tied) for tied in (True, False))
+    one, two = (jax.jit(decode_weights, static_argnums=1)(make_params(c), c) for c in (tied, apart))
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(weights)) for weights in (one, two)]
+    assert sizes[1] - sizes[0] == 40 * 16 * 8
+    assert step_bytes(one) == step_bytes(two)
 
 
 @pytest.mark.parametrize("cache", ["full", "window(5)", "sinks(2,5)"])

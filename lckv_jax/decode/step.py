@@ -20,14 +20,14 @@ from lckv_jax.model.transformer import head_matrix
 class Weights(NamedTuple):
     """Parameters as a decoder reads them: one array each, in the compute dtype, so that no step slices a stack.
 
-    layers: of each layer. kv: K/V projections by owner.
+    layers: of each layer. kv: K/V projections by owner. head: None where it is the embedding, which is then there once.
     """
 
     embed_VD: jax.Array
     layers: tuple[Params, ...]
     kv: dict[int, Params]
     final_norm_D: jax.Array
-    head: OutputsFirst
+    head: OutputsFirst | None
 
 
 _INPUTS = {"wq": 1, "wo": 2, "wk": 1, "wv": 1, "gate": 1, "up": 1, "down": 1}  # axes of inputs, the first ones
@@ -50,9 +50,8 @@ def decode_weights(params: Params, config: ModelConfig) -> Weights:
     kv = {owner: entry(params["kv"], slot) for slot, owner in enumerate(config.sharing.owners)}
     for owner, projection in kv.items():
         projection["attn_norm"] = layers[owner]["attn_norm"]
-    embed_VD = params["embed"].astype(config.dtype)
-    head = embed_VD if config.tie_embeddings else head_matrix(params, config).T
-    return Weights(embed_VD, layers, kv, params["final_norm"], OutputsFirst(head))
+    head = None if config.tie_embeddings else OutputsFirst(head_matrix(params, config).T)
+    return Weights(params["embed"].astype(config.dtype), layers, kv, params["final_norm"], head)
 
 
 def decode_step(
@@ -98,10 +97,12 @@ def decode_step(
 
 def head_logits(weights: Weights, x_BD: jax.Array) -> jax.Array:
     """Logits [B, V] in float32 or wider."""
-    return jnp.einsum("VD,BD->BV", weights.head.array, x_BD, preferred_element_type=wider(x_BD.dtype))
+    head_VD = weights.embed_VD if weights.head is None else weights.head.array
+    return jnp.einsum("VD,BD->BV", head_VD, x_BD, preferred_element_type=wider(x_BD.dtype))
 
 
 def step_bytes(weights: Weights) -> int:
-    """Bytes of weights that one step reads: all but the embedding, of which it reads one row for each token."""
-    tree: Any = weights._replace(embed_VD=None)
+    """Bytes of weights that one step reads: all but the embedding, of which it reads one row for each token, unless the
+    head is the embedding."""
+    tree: Any = weights if weights.head is None else weights._replace(embed_VD=None)
     return sum(x.nbytes for x in jax.tree.leaves(tree))
