@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lckv_jax import ModelConfig
 from lckv_jax.convert.hub import load_hub
 from lckv_jax.decode import capacity
 from lckv_jax.decode import generate as module
 from lckv_jax.decode import loop as programs
+from lckv_jax.decode.cache import empty
 from lckv_jax.decode.generate import generate, generate_rows, stream
 from lckv_jax.decode.sampling import Sampling
 from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.perplexity import score
 
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_layers": 4, "num_heads": 4}
+SIZES |= {"num_kv_heads": 2, "head_dim": 6, "window": 4}
 CASES = [
     "p01_llama_mha", "p02_cla2_gqa", "p03_lckv_w2", "p04_lckv_w0_mqa", "p05_sandwich_middle", "p06_pizza_top_b1",
     "p07_lasagna_top_tied", "p08_yoco_window", "p09_mixattention", "p10_pizza_bottom_tied",
@@ -114,6 +118,25 @@ def test_growing_in_buckets_changes_nothing(lckv, monkeypatch):
     for row, same in zip(want, generate_rows(params, config, [[3, 1, 4], [2, 7, 1, 8]], 40)):
         assert row.tokens == same.tokens
         np.testing.assert_allclose(row.logprobs, same.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_cache_grows_slot_by_slot(monkeypatch):
+    """Only one slot is there twice, and one that keeps its size is not even copied."""
+    config = ModelConfig(**SIZES, sharing="0s_1_2_2")
+    few, many = (slot_specs(config, CacheSpec.parse("full"), columns) for columns in (16, 32))
+    cache, grown = empty(config, few, 2), []
+
+    def spying(specs, alone):
+        grown.append([x.shape for x in jax.tree.leaves(alone.slots)])
+        return grow(specs, alone)
+
+    ring, grow = cache.slots[0], programs.grow
+    monkeypatch.setattr(programs, "grow", spying)
+    got = programs.with_room(many, few, cache)
+    assert got.slots[0] is ring and [len(shapes) for shapes in grown] == [3, 3]
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(empty(config, many, 2))):
+        assert one.shape == other.shape
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_stream_is_the_same_text(lckv):

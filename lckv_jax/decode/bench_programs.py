@@ -13,7 +13,7 @@ import numpy as np
 from lckv_jax.decode.cache import bytes_held, bytes_read_per_step
 from lckv_jax.decode.capacity import program_bytes
 from lckv_jax.decode.codecs import token_bytes
-from lckv_jax.decode.loop import Chosen, Loop, Prompts, decode, grow, prefill, prefill_group, room, tiles
+from lckv_jax.decode.loop import Chosen, Loop, Prompts, decode, grow, prefill, prefill_group, room, tiles, with_room
 from lckv_jax.decode.sampling import Sampling, row_keys
 from lckv_jax.decode.spec import CacheSpec, KiviSpec, SlotSpec, slot_specs
 from lckv_jax.decode.step import Weights, decode_weights
@@ -131,7 +131,7 @@ def generation(work: Work, weights: Weights, tokens_BT: jax.Array, keys_B: jax.A
     decoding, before = 0.0, work.segments[0].specs
     for specs, steps, timed in work.segments:
         grown_from = time.perf_counter()
-        loop = jax.block_until_ready(_with_room(specs, before, loop))
+        loop = jax.block_until_ready(loop._replace(cache=with_room(specs, before, loop.cache)))
         grown = time.perf_counter()
         loop, chosen = jax.block_until_ready(decode(weights, work.model, specs, None, timed, loop, keys_B, _NO_STOPS))
         decoding += grown - grown_from + (time.perf_counter() - grown) * steps / timed
@@ -145,16 +145,6 @@ def random_prompts(work: Work, batch: int, seed: int) -> tuple[jax.Array, jax.Ar
     """Tokens [B, T], other ones in each row, and a key for each row."""
     tokens = np.random.default_rng(seed).integers(0, work.model.vocab_size, (batch, work.prompt), np.int32)
     return jnp.asarray(tokens), row_keys(Sampling(), batch)
-
-
-def _with_room(specs: tuple[SlotSpec, ...], before: tuple[SlotSpec, ...], loop: Loop) -> Loop:
-    """The loop whose cache is as `specs` say. Slot by slot, so that only one of them is there twice."""
-    slots = loop.cache.slots
-    for spec, old in zip(specs, before):
-        if spec != old:
-            alone = loop.cache._replace(slots={0: slots.pop(spec.owner)})
-            slots[spec.owner] = grow((spec._replace(owner=0),), alone).slots[0]  # one program for all slots of a size
-    return loop
 
 
 # ---------------------------------------------------------------- compiling

@@ -12,7 +12,7 @@ import numpy as np
 from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cache import bytes_held
 from lckv_jax.decode.capacity import check_fits, memory_told
-from lckv_jax.decode.loop import Chosen, Prompts, decode, grow, prefill, unstack
+from lckv_jax.decode.loop import Chosen, Prompts, decode, prefill, unstack, with_room
 from lckv_jax.decode.sampling import Sampling, row_keys
 from lckv_jax.decode.spec import CacheSpec, grows, slot_specs
 from lckv_jax.decode.step import Weights
@@ -155,10 +155,9 @@ def _pieces(
     yield _Piece(_on_host(jax.tree.map(lambda x: x[None], chosen)), passes_B)
     left -= 1
     while left and bool(loop.live_B.any()):
-        size = _bucket(columns + 1)
-        if size != _bucket(columns):
-            specs = slot_specs(config, spec, size, total, prompt=prompt)
-            loop = loop._replace(cache=grow(specs, loop.cache))
+        size, before = _bucket(columns + 1), specs
+        specs = slot_specs(config, spec, size, total, prompt=prompt)
+        loop = loop._replace(cache=with_room(specs, before, loop.cache))
         steps = min(left, segment, size - columns)
         loop, chosen = decode(weights, config, specs, sampling, steps, loop, keys_B, stops)
         yield _Piece(_on_host(chosen), passes_B)

@@ -46,6 +46,19 @@ def grow(specs: tuple[SlotSpec, ...], cache: Cache) -> Cache:
     return cache._replace(slots={spec.owner: grown(spec, cache.slots[spec.owner]) for spec in specs})
 
 
+def with_room(specs: tuple[SlotSpec, ...], before: tuple[SlotSpec, ...], cache: Cache) -> Cache:
+    """The cache, which is as `before` says, as `specs` say; `cache` itself is used up.
+
+    Slot by slot, so that only one of them is there twice; those that keep their size are not copied.
+    """
+    slots = cache.slots
+    for spec, old in zip(specs, before):
+        if spec != old:
+            alone = cache._replace(slots={0: slots.pop(spec.owner)})
+            slots[spec.owner] = grow((spec._replace(owner=0),), alone).slots[0]  # one program for all slots of a size
+    return cache
+
+
 class Prompts(NamedTuple):
     """tokens_BT with padding_B columns of padding in front, and the random keys of the rows, [B]."""
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cache import Cache, bytes_held, empty
-from lckv_jax.decode.loop import fill_cache, grow, tiles, unstack
+from lckv_jax.decode.loop import fill_cache, tiles, unstack, with_room
 from lckv_jax.decode.spec import CacheSpec, SlotSpec, slot_specs
 from lckv_jax.decode.step import Weights, decode_step, head_logits
 from lckv_jax.errors import UserError
@@ -125,9 +125,8 @@ def decode_batch(
         found.append(first_B[None])
     for column in range(start, total, steps):
         now = slice(column, column + steps)
-        needed = slot_specs(config, spec, _room(now.stop, total), total, prompt=start)
-        if needed != specs:
-            specs, cache = needed, grow(needed, cache)
+        before, specs = specs, slot_specs(config, spec, _room(now.stop, total), total, prompt=start)
+        cache = with_room(specs, before, cache)
         live_TB = np.arange(column, now.stop)[:, None] < ends_B
         cache, logprob_TB = run(
             weights, config, specs, cache, tokens_TB[now], tokens_TB[column + 1 : now.stop + 1], live_TB
