@@ -28,6 +28,7 @@ from lckv_jax.decode.bench_programs import (
     read_per_step,
     tree_bytes,
 )
+from lckv_jax.decode.bench_record import Cell, Identity
 from lckv_jax.decode.bench_table import table
 from lckv_jax.decode.cache import bytes_held
 from lckv_jax.decode.generate import generate
@@ -78,7 +79,7 @@ def model(sharing="standard", **changes):
 
 
 def cell(sharing="standard", cache="full", batch=2, cap=None, prompt=6, new=7):
-    identity = bench_cell.Identity(
+    identity = Identity(
         model="mine",
         decoder="lckv_jax",
         sharing=str(model(sharing).sharing),
@@ -90,7 +91,7 @@ def cell(sharing="standard", cache="full", batch=2, cap=None, prompt=6, new=7):
         passes="trained",
         memory_cap_bytes=cap,
     )
-    return bench_cell.Cell(identity=identity, model=model(sharing), repeats=5, bucket=None, sample=None, seed=0)
+    return Cell(identity=identity, model=model(sharing), repeats=5, bucket=None, sample=None, seed=0)
 
 
 # ---------------------------------------------------------------- a cell

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lckv_jax.config import build_config
 from lckv_jax.config_text import apply_override, read_yaml
-from lckv_jax.decode.bench_cell import Cell, Decoder, Identity, write_json
+from lckv_jax.decode.bench_record import PEERS, Cell, Decoder, Identity, write_json
 from lckv_jax.decode.bench_table import one_line, table
 from lckv_jax.decode.spec import CacheSpec
 from lckv_jax.errors import Stopped, UserError
@@ -34,7 +34,6 @@ from lckv_jax.sharing import KVSharing
 
 _MEMORY_SHARE = 0.92  # of an accelerator, unless the environment says another one
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-_PEERS: tuple[Decoder, ...] = ("transformers dynamic", "transformers static")
 _PATIENCE = 10.0  # seconds for a stopped process to end
 
 
@@ -148,7 +147,7 @@ def cells(config: BenchConfig) -> dict[str, Cell]:
             continue  # one pass, whatever it says
         decoders: tuple[Decoder, ...] = ("lckv_jax",)
         if config.peers and _is_standard(sharing) and cache == "full" and batch != "largest":
-            decoders += _PEERS
+            decoders += PEERS
         for decoder in decoders:
             identity = Identity(
                 model=name,
@@ -335,7 +334,7 @@ def _measured(cell: Cell, stem: Path, machine: dict[str, Any]) -> dict[str, Any]
     """The record of the cell, which a process of its own writes to STEM.json. What it says besides is in STEM.log."""
     asked, result, log = (stem.with_name(f"{stem.name}{ending}") for ending in (".cell.json", ".json", ".log"))
     ours = cell.identity.decoder == "lckv_jax"
-    asked.write_text(cell.model_dump_json(indent=1, exclude=None if ours else {"bucket", "sample"}), encoding="utf-8")
+    asked.write_text(cell.model_dump_json(indent=1), encoding="utf-8")
     result.unlink(missing_ok=True)
     environment = _environment()
     if machine["platform"] != "cpu":

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,47 +29,19 @@ from lckv_jax.decode.bench_programs import (
     tree_bytes,
     written_per_step,
 )
+from lckv_jax.decode.bench_record import WARM_UPS, Cell, commit, cores, cpu_name, milliseconds, versions, write_json
 from lckv_jax.decode.cache import bytes_held
 from lckv_jax.decode.capacity import Limit, batch_by_formula, largest_batch, memory_limit, total_bytes
 from lckv_jax.decode.step import step_bytes
 from lckv_jax.errors import UserError
 from lckv_jax.model.transformer import check_dtype, dim_sizes, parameter_dims
-from lckv_jax.model_config import Frozen, ModelConfig, Positive
+from lckv_jax.model_config import ModelConfig
 
-Decoder = Literal["lckv_jax", "transformers dynamic", "transformers static"]
-
-WARM_UPS = 2
 _STEP_DOWN = 0.97  # of a batch that the analysis lets through and the device does not
 _STEPS_DOWN = 8
 _CPU_COPY_BYTES = 2**29  # of an array that is copied: larger than caches
 _DEVICE_COPY_BYTES = 2**31
 _COPIES = 5
-
-
-class Identity(Frozen):
-    """What tells a cell from others. sharing: the official string. cache: the text of its `CacheSpec`."""
-
-    model: str
-    decoder: Decoder
-    sharing: str
-    cache: str
-    dtype: str
-    prompt: Positive
-    new: Positive
-    batch: Positive | Literal["largest"]
-    passes: str | float
-    memory_cap_bytes: Positive | None
-
-
-class Cell(Frozen):
-    """A cell to measure. bucket, sample: as in `plan_work`. seed: of weights and prompts."""
-
-    identity: Identity
-    model: ModelConfig
-    repeats: Positive
-    bucket: Positive | None
-    sample: Positive | None
-    seed: int
 
 
 class Fitted(NamedTuple):
@@ -82,14 +50,6 @@ class Fitted(NamedTuple):
     batch: int
     needs: int
     compile_s: float
-
-
-class Spread(NamedTuple):
-    """Of some repeats."""
-
-    median: float
-    min: float
-    max: float
 
 
 # ---------------------------------------------------------------- a cell
@@ -187,29 +147,22 @@ def _run(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any]:
 
 
 def _speeds(work: Work, batch: int, timings: list[Timing], weight_bytes: int, bandwidth: float) -> dict[str, Any]:
-    step_s = _spread([timing.decode / work.steps for timing in timings])
-    all_s = _spread([timing.prefill + timing.decode for timing in timings])
+    steps_s = [timing.decode / work.steps for timing in timings]
+    step_s = statistics.median(steps_s)
+    all_s = statistics.median(timing.prefill + timing.decode for timing in timings)
     read = read_per_step(work, batch)
     moved = weight_bytes + read + written_per_step(work, batch)
     return {
-        "prefill_ms": _milliseconds(_spread([timing.prefill for timing in timings])),
+        "prefill_ms": milliseconds([timing.prefill for timing in timings]),
         "passes_used": float(timings[-1].passes_B.mean()),
         "residual": float(timings[-1].residual_B.max()),
-        "decode_step_ms": _milliseconds(step_s),
-        "decode_tokens_per_s": batch / step_s.median,
-        "tokens_per_s": batch * (work.steps + 1) / all_s.median,
+        "decode_step_ms": milliseconds(steps_s),
+        "decode_tokens_per_s": batch / step_s,
+        "tokens_per_s": batch * (work.steps + 1) / all_s,
         "cache_bytes_read_per_step": round(read),
         "copy_bandwidth": bandwidth,
-        "share_of_roofline": moved / step_s.median / bandwidth,
+        "share_of_roofline": moved / step_s / bandwidth,
     }
-
-
-def _spread(seconds: list[float]) -> Spread:
-    return Spread(statistics.median(seconds), min(seconds), max(seconds))
-
-
-def _milliseconds(seconds: Spread) -> dict[str, float]:
-    return {name: 1e3 * x for name, x in seconds._asdict().items()}
 
 
 def _peak_bytes(compiled: int) -> tuple[int, str]:
@@ -243,7 +196,7 @@ def copy_bandwidth() -> tuple[float, str]:
 
 def _cpu_copy_bandwidth() -> tuple[float, str]:
     """By numpy: a jitted copy on a CPU gets fresh memory each time, and pays for the page faults."""
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     x = np.ones(_CPU_COPY_BYTES // 4, np.float32)
     into = np.zeros_like(x)
     into += 1  # touched, so that its pages are there
@@ -260,47 +213,19 @@ def _cpu_copy_bandwidth() -> tuple[float, str]:
 def device_name() -> str:
     """What the first device calls itself; of a CPU its model and how many cores this process may use."""
     device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return cpu_name() if device.platform == "cpu" else device.device_kind
 
 
 def _facts(cell: Cell) -> dict[str, Any]:
     return {
         "parameters": count_parameters(cell.model),
         "device": device_name(),
-        "versions": {"python": platform.python_version(), **_versions("jax", "jaxlib", "numpy")},
+        "versions": versions("jax", "jaxlib", "numpy"),
         "commit": commit(),
         "repeats": cell.repeats,
         "sample": cell.sample,
         "random_weights": True,
     }
-
-
-def _versions(*names: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def commit() -> str | None:
-    """`git describe` of this code; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -314,13 +239,6 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 # ---------------------------------------------------------------- the process
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Writes a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def machine() -> dict[str, Any]:
