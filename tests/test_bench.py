@@ -17,7 +17,7 @@ import pytest
 
 from lckv_jax.__main__ import main
 from lckv_jax.config import build_config
-from lckv_jax.decode import bench, bench_cell, capacity
+from lckv_jax.decode import bench, bench_cell, bench_programs, capacity, loop
 from lckv_jax.decode.bench_programs import (
     abstract_weights,
     compile_needs,
@@ -154,7 +154,7 @@ def test_memory_that_the_device_lacks_steps_down(monkeypatch, small_copies):
     """The analysis is a lower bound where an allocator has holes: what it lets through is confirmed by running."""
     tried = []
 
-    def run(cell, work, fitted):
+    def run(cell, work, limit, fitted):
         tried.append(fitted.batch)
         if len(tried) < 3:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
@@ -166,16 +166,41 @@ def test_memory_that_the_device_lacks_steps_down(monkeypatch, small_copies):
     record = bench_cell.measure(cell(batch="largest"))
     assert tried == [100, 97, 94] and record["identity"]["batch"] == 94
     tried.clear()
-    assert "does not fit" in bench_cell.measure(cell(batch=50))["error"] and tried == [50]
+    error = bench_cell.measure(cell(batch=50))["error"]
+    assert tried == [50]
+    assert error.startswith("does not fit: by analysis a batch of 50 needs 0.00 MB of") and "when it ran" in error
 
 
 def test_copy_bandwidth_moves_every_byte(monkeypatch, small_copies):
     copied = []
     real = np.copyto
     monkeypatch.setattr(bench_cell.np, "copyto", lambda into, x: (copied.append(x.nbytes), real(into, x)))
-    rate, how = bench_cell.copy_bandwidth()
+    rate, how = bench_cell.copy_bandwidth(10**9)
     assert rate > 0 and "numpy.copyto" in how
     assert sum(copied) == (1 + bench_cell._COPIES) * 2**16
+
+
+def test_copies_fit_into_a_cap(monkeypatch):
+    """What a small cap has no room for is no reason to say that the batch does not fit."""
+    sizes = []
+    real = bench_cell._device_copy_bandwidth
+    monkeypatch.setattr(bench_cell, "_device_copy_bandwidth", lambda size: sizes.append(size) or real(2**20))
+    monkeypatch.setattr(bench_cell.jax, "local_devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    rate, how = bench_cell.copy_bandwidth(2 * 10**9)
+    assert rate > 0 and "a jitted copy of 1 MiB" in how
+    bench_cell.copy_bandwidth(10**11)
+    assert sizes == [2 * 10**9 // 8, 2**31]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [(cell(cache="kivi(2,3,6)"), "groups of 3"), (cell(), "not finite; choose a smaller model.init_std")],
+)
+def test_what_a_cell_cannot_be_is_its_error(wanted, words, monkeypatch, small_copies):
+    real = bench_cell.generation
+    monkeypatch.setattr(bench_cell, "generation", lambda *a: real(*a)._replace(finite=False))
+    record = bench_cell.measure(wanted)
+    assert record["results"] is None and words in record["error"]
 
 
 # ---------------------------------------------------------------- what is run
@@ -223,6 +248,31 @@ def test_random_weights_are_those_of_a_fresh_model_in_shape_and_spread():
         assert np.std(np.asarray(x, np.float32)) == pytest.approx(0.05, rel=0.2)
     assert not np.array_equal(weights.layers[0]["gate"], weights.layers[1]["gate"])
     assert not np.array_equal(weights.embed_VD, random_weights(config, 4).embed_VD)
+
+
+def test_large_weights_are_made_first(monkeypatch):
+    """So that the peak of a cell's memory is never that of making them."""
+    sizes = []
+    real = bench_programs._normal
+    monkeypatch.setattr(bench_programs, "_normal", lambda *a: sizes.append(np.prod(a[2])) or real(*a))
+    random_weights(model(), 0)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
+
+
+def test_groups_of_prompts_are_not_there_twice(monkeypatch):
+    """While one is computed the others are in their places: the analysis counts on it."""
+    work, alive = plan_work(model(), "full", 6, 3, "trained", None, None), []
+    monkeypatch.setattr(loop, "_GROUP_TOKENS", 12)
+    weights, (tokens_BT, keys_B) = random_weights(work.model, 0), random_prompts(work, 8, 0)
+    real = loop.prefill_group
+    monkeypatch.setattr(loop, "prefill_group", lambda *a: alive.append(cells_alive()) or real(*a))
+
+    def cells_alive():
+        return sum(x.shape[:1] == (2,) and x.ndim == 4 for x in jax.live_arrays())
+
+    before = cells_alive()
+    generation(work, weights, tokens_BT, keys_B)
+    assert alive == [before] * 4
 
 
 # ---------------------------------------------------------------- capacity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import statistics
@@ -42,6 +43,7 @@ _STEPS_DOWN = 8
 _CPU_COPY_BYTES = 2**29  # of an array that is copied: larger than caches
 _DEVICE_COPY_BYTES = 2**31
 _COPIES = 5
+_IN_A_ROW = 8
 
 
 class Fitted(NamedTuple):
@@ -58,13 +60,13 @@ class Fitted(NamedTuple):
 def measure(cell: Cell) -> dict[str, Any]:
     """The record of a cell: identity, facts, results, error (one sentence, and then results are null)."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    check_dtype(cell.model)
     wanted = cell.identity
     passes: Any = wanted.passes
-    work = plan_work(cell.model, wanted.cache, wanted.prompt, wanted.new, passes, cell.bucket, cell.sample)
     limit = memory_limit(wanted.memory_cap_bytes)
     results, error = None, None
     try:
+        check_dtype(cell.model)
+        work = plan_work(cell.model, wanted.cache, wanted.prompt, wanted.new, passes, cell.bucket, cell.sample)
         results = _results(cell, work, limit)
     except UserError as unfit:
         error = str(unfit)
@@ -79,15 +81,19 @@ def _results(cell: Cell, work: Work, limit: Limit) -> dict[str, Any]:
     """Raises UserError if the batch does not fit, or numbers are not finite."""
     if cell.identity.batch != "largest":
         fitted = _compiled(work, cell.identity.batch)
-        if fitted.needs <= limit.bytes and (results := _tried(cell, work, fitted)):
-            return {**results, "largest": False}
         asked = f"a batch of {fitted.batch} needs {_gb(fitted.needs)} of {_gb(limit.bytes)} ({limit.what})"
-        raise UserError(f"does not fit: {asked}; the largest that does is {_largest(work, limit)}")
+        if fitted.needs > limit.bytes:
+            raise UserError(f"does not fit: {asked}; the largest that does is {_largest(work, limit)}")
+        if results := _tried(cell, work, limit, fitted):
+            return {**results, "largest": False}
+        raise UserError(
+            f"does not fit: by analysis {asked}, but memory was full when it ran; batches=[largest] steps down"
+        )
     batch = _largest(work, limit)
     for _ in range(_STEPS_DOWN):
         jax.clear_caches()  # what the search has compiled counts too
         fitted = _compiled(work, batch)
-        if fitted.needs <= limit.bytes and (results := _tried(cell, work, fitted)):
+        if fitted.needs <= limit.bytes and (results := _tried(cell, work, limit, fitted)):
             return {**results, "largest": True}
         batch = max(1, math.floor(batch * _STEP_DOWN))
     raise UserError(
@@ -107,14 +113,15 @@ def _largest(work: Work, limit: Limit) -> int:
     return batch
 
 
-def _tried(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any] | None:
+def _tried(cell: Cell, work: Work, limit: Limit, fitted: Fitted) -> dict[str, Any] | None:
     """The results; None if the device's memory is not enough."""
     try:
-        return _run(cell, work, fitted)
+        return _run(cell, work, limit, fitted)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None
+    gc.collect()  # the arrays of what failed, which an error's traceback may still hold
+    return None
 
 
 def _compiled(work: Work, batch: int) -> Fitted:
@@ -123,7 +130,7 @@ def _compiled(work: Work, batch: int) -> Fitted:
     return Fitted(batch, needs, time.perf_counter() - started)
 
 
-def _run(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any]:
+def _run(cell: Cell, work: Work, limit: Limit, fitted: Fitted) -> dict[str, Any]:
     weights = random_weights(work.model, cell.seed)
     prompts = random_prompts(work, fitted.batch, cell.seed)
     timings = [generation(work, weights, *prompts) for _ in range(WARM_UPS + cell.repeats)][WARM_UPS:]
@@ -132,7 +139,7 @@ def _run(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any]:
     peak, kind = _peak_bytes(fitted.needs)
     weight_bytes = step_bytes(weights)
     del weights, prompts
-    bandwidth, how = copy_bandwidth()
+    bandwidth, how = copy_bandwidth(limit.bytes)
     return {
         "batch": fitted.batch,
         **_speeds(work, fitted.batch, timings, weight_bytes, bandwidth),
@@ -179,18 +186,28 @@ def _gb(size: int) -> str:
 # ---------------------------------------------------------------- the machine
 
 
-def copy_bandwidth() -> tuple[float, str]:
-    """Bytes read and written per second by a copy on the first device, the best of some, and how it was made."""
+def copy_bandwidth(memory_bytes: int) -> tuple[float, str]:
+    """Bytes read and written per second by a copy on the first device, the best of some, and how it was made.
+
+    memory_bytes: what there is, of which an accelerator's copies take a quarter at most.
+    """
     if jax.local_devices()[0].platform == "cpu":
         return _cpu_copy_bandwidth()
-    x = jnp.ones(_DEVICE_COPY_BYTES // 4, jnp.float32)
+    return _device_copy_bandwidth(min(_DEVICE_COPY_BYTES, memory_bytes // 8))
+
+
+def _device_copy_bandwidth(size: int) -> tuple[float, str]:
+    """Some copies one after the other for each look at the clock, which would otherwise time the start of one too."""
+    x = jnp.ones(size // 4, jnp.float32)
     copy = jax.jit(lambda x, _: jnp.copy(x), donate_argnums=1, keep_unused=True)
     into = jnp.zeros_like(x)
     times = []
     for _ in range(2 + _COPIES):
         started = time.perf_counter()
-        into = jax.block_until_ready(copy(x, into))
-        times.append(time.perf_counter() - started)
+        for _ in range(_IN_A_ROW):
+            into = copy(x, into)
+        into.block_until_ready()
+        times.append((time.perf_counter() - started) / _IN_A_ROW)
     return 2 * x.nbytes / min(times), f"a jitted copy of {x.nbytes >> 20} MiB into memory that is there"
 
 
