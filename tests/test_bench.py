@@ -385,7 +385,7 @@ def test_failed_cells_are_told_and_tried_again(config, processes, tmp_path, caps
     processes.act = fail
     assert main(["bench", str(config), "batches=1"]) == 2
     said = capsys.readouterr()
-    assert "2 of 4 cells failed" in said.err and "SomeError: no luck" in said.err and "standard" in said.out
+    assert "2 of 4 cells have no numbers" in said.err and "SomeError: no luck" in said.err and "standard" in said.out
     (log, _) = (tmp_path / "out" / "cells").glob("mine*.log")
     assert "Traceback" in log.read_text()
     processes.act, processes.keys = record_of, []
@@ -406,7 +406,8 @@ def test_the_table_compares_with_standard_at_equal_and_at_best_batch(config, pro
     assert max(map(len, lines)) <= 120
     assert sum("decode x" in line for line in lines) == 2
     assert any(re.match(r"mine +1  decode x2.00, all x2.00", line) for line in lines), lines
-    assert any(re.match(r"mine +best  decode x1.50, all x1.50.*\(batch 24 to 8\)", line) for line in lines), lines
+    best = r"mine +best  decode x1.50 \(batch 24 to 8\), all x1.50 \(batch 24 to 8\)"
+    assert any(re.match(best, line) for line in lines), lines
     assert any("in 0.0005 GB (the cap)" in line for line in lines)
     assert any(line.startswith("mine") and "24*" in line for line in lines)
 
@@ -422,6 +423,83 @@ def test_the_table_has_room_for_errors_and_for_what_peers_cannot_tell():
     text = "\n".join(table([record_of(asked), peer, *again, broken]))
     assert text.count("best  decode") == 1
     assert "mine, transformers dynamic" in text and "does not fit: so it is" in text and "decode x1.00" in text
+
+
+def test_the_best_batch_is_that_of_each_rate_and_not_known_where_the_largest_failed():
+    standard, mine = cell().identity.model_dump(), cell("1_1").identity.model_dump()
+    few, many = record_of({"identity": mine}, 10.0), record_of({"identity": mine | {"batch": 64}}, 40.0)
+    few["results"]["tokens_per_s"] = 30.0  # prompts cost more and more
+    records = [record_of({"identity": standard | {"model": "standard"}}, 20.0), few, many]
+    best = "best  decode x2.00 (batch 64 to 2), all x3.00 (batch 2 to 2)"
+    assert best in "\n".join(table(records))
+    lost = record_of({"identity": standard | {"model": "standard", "batch": 10**6}})
+    lost |= {"results": None, "error": "does not fit: so it is"}
+    assert best in "\n".join(table([*records, lost])), "too many rows are slow enough"
+    lost["identity"]["batch"] = "largest"
+    assert "best  not known, as a cell failed" in "\n".join(table([*records, lost]))
+
+
+def test_the_table_says_which_code_gave_the_numbers():
+    first, second = (record_of({"identity": cell(batch=batch).identity.model_dump()}) for batch in (1, 2))
+    first["facts"]["commit"] = second["facts"]["commit"] = "abc"
+    assert "code: commit abc" in list(table([first, second]))
+    second["facts"]["commit"] = "def-dirty"
+    assert any(line.startswith("code: of 2 commits, abc, def-dirty") for line in table([first, second]))
+
+
+@pytest.mark.parametrize("error", ["does not fit: so it is", "the logits are not finite"])
+def test_cells_without_numbers_are_an_error_that_loses_nothing(config, processes, tmp_path, capsys, error):
+    def act(asked):
+        lost = {"results": None, "error": error} if asked["identity"]["model"] == "mine" else {}
+        return record_of(asked) | lost
+
+    processes.act = act
+    assert main(["bench", str(config), "caches=full", "batches=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 1 of 2 cells have no numbers") and said.count("\n") == 1
+    assert f"mine, full, 6+7, batch 1: {error}; the others are kept" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [record["error"] for record in results["cells"]] == [None, error]
+
+
+def test_a_peer_on_another_device_is_not_compared(config, processes, capsys, monkeypatch):
+    def act(asked):
+        record = record_of(asked)
+        if asked["identity"]["decoder"] != "lckv_jax":
+            record["facts"]["device"] = "another machine"
+        return record
+
+    processes.act = act
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    settings = ["peers=true", "memory_gb=null", "batches=1", "caches=full"]
+    assert main(["bench", str(config), *settings]) == 2
+    assert "failed: ran on another machine, not on a machine" in capsys.readouterr().err
+    processes.keys.clear()
+    assert main(["bench", str(config), *settings, "memory_gb=1", f"out={config.parent / 'else'}"]) == 2
+    assert "torch caps the memory of GPUs only" in capsys.readouterr().err and processes.keys == []
+
+
+def test_torch_sees_no_gpu_where_jax_uses_none(config, processes, monkeypatch):
+    seen = []
+    real = bench._run
+    monkeypatch.setattr(bench, "_run", lambda *a: seen.append(a[1].get("CUDA_VISIBLE_DEVICES")) or real(*a))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert main(["bench", str(config), "peers=true", "memory_gb=null", "batches=1", "caches=full"]) == 0
+    assert seen == ["1", "", "", "1"]
+
+
+def test_the_command_itself_takes_no_device(config):
+    """Its memory would be missing where cells are measured."""
+    code = (
+        "import sys; from lckv_jax.decode import bench\n"
+        "bench._machine = lambda: {'device': 'a machine', 'platform': 'gpu', 'memory_bytes': 10**10}\n"
+        "bench._run = lambda *_: 1\n"
+        f"try: bench.bench({str(config)!r})\n"
+        "except bench.UserError: pass\n"
+        "from jax._src import xla_bridge; sys.exit(bool(xla_bridge._backends))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_passes_matter_to_cyclic_maps_only_and_peers_to_the_standard_map(config):
@@ -443,6 +521,9 @@ def test_passes_matter_to_cyclic_maps_only_and_peers_to_the_standard_map(config)
         ("maps={mine: 0_9}", ["maps: mine", "layer 1 reads layer 9"]),
         ("maps={}", ["maps"]),
         ("caches=[full, ful]", ["caches", "'ful'", "did you mean full"]),
+        ('caches=["kivi(2,3,6)"]', ["groups of 3", "head_dim is 8"]),
+        ('caches=["budget(8,8,snapkv)"]', ["no more cells than recent tokens"]),
+        ("model.dtype=float64", ["JAX_ENABLE_X64=1"]),
         ("lengths=[[6, 1]]", ["lengths", "2"]),
         ("lengths=[6, 7]", ["lengths"]),
         ("batches=[1, most]", ["batches"]),
@@ -482,7 +563,7 @@ def test_a_capped_accelerator_gets_a_memory_fraction_to_match(config, processes,
     seen = []
     real = bench._run
     monkeypatch.setattr(bench, "_run", lambda *a: seen.append(a[1].get("XLA_PYTHON_CLIENT_MEM_FRACTION")) or real(*a))
-    monkeypatch.setattr(bench, "_machine", lambda: {"device": "gpu", "platform": "gpu", "memory_bytes": 80e9})
+    monkeypatch.setattr(bench, "_machine", lambda: {"device": "a machine", "platform": "gpu", "memory_bytes": 80e9})
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     for number, setting in enumerate(("memory_gb=20", "memory_gb=null")):
         settings = [f"out={config.parent / str(number)}", "batches=1", "caches=full", setting]

@@ -81,6 +81,8 @@ def measure(cell: Cell) -> dict[str, Any]:
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as XLA multiplies float32
     torch.set_num_threads(cores())  # as XLA; torch's own default is fewer where cores run two threads each
     record = {"identity": cell.identity.model_dump(), "facts": {**_facts(cell, device), "started": started}}
     cap = cell.identity.memory_cap_bytes
