@@ -439,10 +439,13 @@ def test_the_best_batch_is_that_of_each_rate_and_not_known_where_the_largest_fai
     assert "best  not known, as a cell failed" in "\n".join(table([*records, lost]))
 
 
-def test_the_table_says_which_code_gave_the_numbers():
+def test_the_table_says_which_code_gave_the_numbers_and_what_a_peak_is():
     first, second = (record_of({"identity": cell(batch=batch).identity.model_dump()}) for batch in (1, 2))
     first["facts"]["commit"] = second["facts"]["commit"] = "abc"
     assert "code: commit abc" in list(table([first, second]))
+    assert not any("peak: here" in line for line in table([first, second]))
+    first["results"]["peak_bytes_kind"] = "compiled"
+    assert sum("peak: here by compiled memory analysis" in line for line in table([first, second])) == 1
     second["facts"]["commit"] = "def-dirty"
     assert any(line.startswith("code: of 2 commits, abc, def-dirty") for line in table([first, second]))
 
@@ -562,13 +565,23 @@ def test_cells_of_another_machine_are_not_mixed_in(config, processes, capsys, mo
 def test_a_capped_accelerator_gets_a_memory_fraction_to_match(config, processes, monkeypatch):
     seen = []
     real = bench._run
-    monkeypatch.setattr(bench, "_run", lambda *a: seen.append(a[1].get("XLA_PYTHON_CLIENT_MEM_FRACTION")) or real(*a))
+
+    def run(command, environment, output):
+        assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment, "jax refuses both names at once"
+        seen.append(environment["XLA_CLIENT_MEM_FRACTION"])
+        return real(command, environment, output)
+
+    monkeypatch.setattr(bench, "_run", run)
     monkeypatch.setattr(bench, "_machine", lambda: {"device": "a machine", "platform": "gpu", "memory_bytes": 80e9})
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    cells = [str(config), "batches=1", "caches=full", "maps={mine: standard}"]
     for number, setting in enumerate(("memory_gb=20", "memory_gb=null")):
-        settings = [f"out={config.parent / str(number)}", "batches=1", "caches=full", setting]
-        assert main(["bench", str(config), *settings]) == 0
-    assert seen == ["0.2500"] * 2 + ["0.92"] * 2
+        assert main(["bench", *cells, f"out={config.parent / str(number)}", setting]) == 0
+    for name, fraction in (("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5"), ("XLA_CLIENT_MEM_FRACTION", "0.6")):
+        monkeypatch.setenv(name, fraction)
+        assert main(["bench", *cells, f"out={config.parent / fraction}", "memory_gb=null"]) == 0
+    assert seen == ["0.2500", "0.92", "0.5", "0.6"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])

@@ -34,7 +34,7 @@ from lckv_jax.model_config import Frozen, ModelConfig, Positive
 from lckv_jax.sharing import KVSharing
 
 _MEMORY_SHARE = 0.92  # of an accelerator, unless the environment says another one
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_FRACTION, _OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _PATIENCE = 10.0  # seconds for a stopped process to end
 
 
@@ -333,9 +333,12 @@ def _machine() -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, in which this package is found from every folder."""
+    """Ours, in which this package is found from every folder, and jax's memory fraction by its newer name only: jax
+    refuses both at once."""
     root = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    ours = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    fraction = ours.pop(_OLD_FRACTION, None)
+    return ours if fraction is None else {_FRACTION: fraction, **ours}
 
 
 def _measured(cell: Cell, stem: Path, machine: dict[str, Any]) -> dict[str, Any]:

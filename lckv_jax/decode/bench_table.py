@@ -72,6 +72,8 @@ def table(records: Sequence[Record]) -> Iterator[str]:
     yield from _code(records)
     if any(map(_is_largest, records)):
         yield "*: the largest batch that fits, by compiled memory analysis, and it ran"
+    if any(record["results"] and record["results"]["peak_bytes_kind"] == "compiled" for record in records):
+        yield "peak: here by compiled memory analysis, as a CPU does not tell"
     if any(record["identity"]["memory_cap_bytes"] for record in records):
         yield "a cap stands for a smaller card's capacity, not for its speed"
     samples = {sample for record in records if (sample := record["facts"].get("sample"))}
