@@ -17,7 +17,7 @@ import pytest
 
 from lckv_jax.__main__ import main
 from lckv_jax.config import build_config
-from lckv_jax.decode import bench, bench_cell, capacity
+from lckv_jax.decode import bench, bench_cell, bench_programs, capacity, loop
 from lckv_jax.decode.bench_programs import (
     abstract_weights,
     compile_needs,
@@ -28,6 +28,7 @@ from lckv_jax.decode.bench_programs import (
     read_per_step,
     tree_bytes,
 )
+from lckv_jax.decode.bench_record import Cell, Identity
 from lckv_jax.decode.bench_table import table
 from lckv_jax.decode.cache import bytes_held
 from lckv_jax.decode.generate import generate
@@ -78,7 +79,7 @@ def model(sharing="standard", **changes):
 
 
 def cell(sharing="standard", cache="full", batch=2, cap=None, prompt=6, new=7):
-    identity = bench_cell.Identity(
+    identity = Identity(
         model="mine",
         decoder="lckv_jax",
         sharing=str(model(sharing).sharing),
@@ -90,7 +91,7 @@ def cell(sharing="standard", cache="full", batch=2, cap=None, prompt=6, new=7):
         passes="trained",
         memory_cap_bytes=cap,
     )
-    return bench_cell.Cell(identity=identity, model=model(sharing), repeats=5, bucket=None, sample=None, seed=0)
+    return Cell(identity=identity, model=model(sharing), repeats=5, bucket=None, sample=None, seed=0)
 
 
 # ---------------------------------------------------------------- a cell
@@ -153,7 +154,7 @@ def test_memory_that_the_device_lacks_steps_down(monkeypatch, small_copies):
     """The analysis is a lower bound where an allocator has holes: what it lets through is confirmed by running."""
     tried = []
 
-    def run(cell, work, fitted):
+    def run(cell, work, limit, fitted):
         tried.append(fitted.batch)
         if len(tried) < 3:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
@@ -165,16 +166,41 @@ def test_memory_that_the_device_lacks_steps_down(monkeypatch, small_copies):
     record = bench_cell.measure(cell(batch="largest"))
     assert tried == [100, 97, 94] and record["identity"]["batch"] == 94
     tried.clear()
-    assert "does not fit" in bench_cell.measure(cell(batch=50))["error"] and tried == [50]
+    error = bench_cell.measure(cell(batch=50))["error"]
+    assert tried == [50]
+    assert error.startswith("does not fit: by analysis a batch of 50 needs 0.00 MB of") and "when it ran" in error
 
 
 def test_copy_bandwidth_moves_every_byte(monkeypatch, small_copies):
     copied = []
     real = np.copyto
     monkeypatch.setattr(bench_cell.np, "copyto", lambda into, x: (copied.append(x.nbytes), real(into, x)))
-    rate, how = bench_cell.copy_bandwidth()
+    rate, how = bench_cell.copy_bandwidth(10**9)
     assert rate > 0 and "numpy.copyto" in how
     assert sum(copied) == (1 + bench_cell._COPIES) * 2**16
+
+
+def test_copies_fit_into_a_cap(monkeypatch):
+    """What a small cap has no room for is no reason to say that the batch does not fit."""
+    sizes = []
+    real = bench_cell._device_copy_bandwidth
+    monkeypatch.setattr(bench_cell, "_device_copy_bandwidth", lambda size: sizes.append(size) or real(2**20))
+    monkeypatch.setattr(bench_cell.jax, "local_devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    rate, how = bench_cell.copy_bandwidth(2 * 10**9)
+    assert rate > 0 and "a jitted copy of 1 MiB" in how
+    bench_cell.copy_bandwidth(10**11)
+    assert sizes == [2 * 10**9 // 8, 2**31]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [(cell(cache="kivi(2,3,6)"), "groups of 3"), (cell(), "not finite; choose a smaller model.init_std")],
+)
+def test_what_a_cell_cannot_be_is_its_error(wanted, words, monkeypatch, small_copies):
+    real = bench_cell.generation
+    monkeypatch.setattr(bench_cell, "generation", lambda *a: real(*a)._replace(finite=False))
+    record = bench_cell.measure(wanted)
+    assert record["results"] is None and words in record["error"]
 
 
 # ---------------------------------------------------------------- what is run
@@ -222,6 +248,31 @@ def test_random_weights_are_those_of_a_fresh_model_in_shape_and_spread():
         assert np.std(np.asarray(x, np.float32)) == pytest.approx(0.05, rel=0.2)
     assert not np.array_equal(weights.layers[0]["gate"], weights.layers[1]["gate"])
     assert not np.array_equal(weights.embed_VD, random_weights(config, 4).embed_VD)
+
+
+def test_large_weights_are_made_first(monkeypatch):
+    """So that the peak of a cell's memory is never that of making them."""
+    sizes = []
+    real = bench_programs._normal
+    monkeypatch.setattr(bench_programs, "_normal", lambda *a: sizes.append(np.prod(a[2])) or real(*a))
+    random_weights(model(), 0)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
+
+
+def test_groups_of_prompts_are_not_there_twice(monkeypatch):
+    """While one is computed the others are in their places: the analysis counts on it."""
+    work, alive = plan_work(model(), "full", 6, 3, "trained", None, None), []
+    monkeypatch.setattr(loop, "_GROUP_TOKENS", 12)
+    weights, (tokens_BT, keys_B) = random_weights(work.model, 0), random_prompts(work, 8, 0)
+    real = loop.prefill_group
+    monkeypatch.setattr(loop, "prefill_group", lambda *a: alive.append(cells_alive()) or real(*a))
+
+    def cells_alive():
+        return sum(x.shape[:1] == (2,) and x.ndim == 4 for x in jax.live_arrays())
+
+    before = cells_alive()
+    generation(work, weights, tokens_BT, keys_B)
+    assert alive == [before] * 4
 
 
 # ---------------------------------------------------------------- capacity
@@ -334,7 +385,7 @@ def test_failed_cells_are_told_and_tried_again(config, processes, tmp_path, caps
     processes.act = fail
     assert main(["bench", str(config), "batches=1"]) == 2
     said = capsys.readouterr()
-    assert "2 of 4 cells failed" in said.err and "SomeError: no luck" in said.err and "standard" in said.out
+    assert "2 of 4 cells have no numbers" in said.err and "SomeError: no luck" in said.err and "standard" in said.out
     (log, _) = (tmp_path / "out" / "cells").glob("mine*.log")
     assert "Traceback" in log.read_text()
     processes.act, processes.keys = record_of, []
@@ -355,7 +406,8 @@ def test_the_table_compares_with_standard_at_equal_and_at_best_batch(config, pro
     assert max(map(len, lines)) <= 120
     assert sum("decode x" in line for line in lines) == 2
     assert any(re.match(r"mine +1  decode x2.00, all x2.00", line) for line in lines), lines
-    assert any(re.match(r"mine +best  decode x1.50, all x1.50.*\(batch 24 to 8\)", line) for line in lines), lines
+    best = r"mine +best  decode x1.50 \(batch 24 to 8\), all x1.50 \(batch 24 to 8\)"
+    assert any(re.match(best, line) for line in lines), lines
     assert any("in 0.0005 GB (the cap)" in line for line in lines)
     assert any(line.startswith("mine") and "24*" in line for line in lines)
 
@@ -371,6 +423,86 @@ def test_the_table_has_room_for_errors_and_for_what_peers_cannot_tell():
     text = "\n".join(table([record_of(asked), peer, *again, broken]))
     assert text.count("best  decode") == 1
     assert "mine, transformers dynamic" in text and "does not fit: so it is" in text and "decode x1.00" in text
+
+
+def test_the_best_batch_is_that_of_each_rate_and_not_known_where_the_largest_failed():
+    standard, mine = cell().identity.model_dump(), cell("1_1").identity.model_dump()
+    few, many = record_of({"identity": mine}, 10.0), record_of({"identity": mine | {"batch": 64}}, 40.0)
+    few["results"]["tokens_per_s"] = 30.0  # prompts cost more and more
+    records = [record_of({"identity": standard | {"model": "standard"}}, 20.0), few, many]
+    best = "best  decode x2.00 (batch 64 to 2), all x3.00 (batch 2 to 2)"
+    assert best in "\n".join(table(records))
+    lost = record_of({"identity": standard | {"model": "standard", "batch": 10**6}})
+    lost |= {"results": None, "error": "does not fit: so it is"}
+    assert best in "\n".join(table([*records, lost])), "too many rows are slow enough"
+    lost["identity"]["batch"] = "largest"
+    assert "best  not known, as a cell failed" in "\n".join(table([*records, lost]))
+
+
+def test_the_table_says_which_code_gave_the_numbers_and_what_a_peak_is():
+    first, second = (record_of({"identity": cell(batch=batch).identity.model_dump()}) for batch in (1, 2))
+    first["facts"]["commit"] = second["facts"]["commit"] = "abc"
+    assert "code: commit abc" in list(table([first, second]))
+    assert not any("peak: here" in line for line in table([first, second]))
+    first["results"]["peak_bytes_kind"] = "compiled"
+    assert sum("peak: here by compiled memory analysis" in line for line in table([first, second])) == 1
+    second["facts"]["commit"] = "def-dirty"
+    assert any(line.startswith("code: of 2 commits, abc, def-dirty") for line in table([first, second]))
+
+
+@pytest.mark.parametrize("error", ["does not fit: so it is", "the logits are not finite"])
+def test_cells_without_numbers_are_an_error_that_loses_nothing(config, processes, tmp_path, capsys, error):
+    def act(asked):
+        lost = {"results": None, "error": error} if asked["identity"]["model"] == "mine" else {}
+        return record_of(asked) | lost
+
+    processes.act = act
+    assert main(["bench", str(config), "caches=full", "batches=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 1 of 2 cells have no numbers") and said.count("\n") == 1
+    assert f"mine, full, 6+7, batch 1: {error}; the others are kept" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [record["error"] for record in results["cells"]] == [None, error]
+
+
+def test_a_peer_on_another_device_is_not_compared(config, processes, capsys, monkeypatch):
+    def act(asked):
+        record = record_of(asked)
+        if asked["identity"]["decoder"] != "lckv_jax":
+            record["facts"]["device"] = "another machine"
+        return record
+
+    processes.act = act
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    settings = ["peers=true", "memory_gb=null", "batches=1", "caches=full"]
+    assert main(["bench", str(config), *settings]) == 2
+    assert "failed: ran on another machine, not on a machine" in capsys.readouterr().err
+    processes.keys.clear()
+    assert main(["bench", str(config), *settings, "memory_gb=1", f"out={config.parent / 'else'}"]) == 2
+    assert "torch caps the memory of GPUs only" in capsys.readouterr().err and processes.keys == []
+
+
+def test_torch_sees_no_gpu_where_jax_uses_none(config, processes, monkeypatch):
+    seen = []
+    real = bench._run
+    monkeypatch.setattr(bench, "_run", lambda *a: seen.append(a[1].get("CUDA_VISIBLE_DEVICES")) or real(*a))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert main(["bench", str(config), "peers=true", "memory_gb=null", "batches=1", "caches=full"]) == 0
+    assert seen == ["1", "", "", "1"]
+
+
+def test_the_command_itself_takes_no_device(config):
+    """Its memory would be missing where cells are measured."""
+    code = (
+        "import sys; from lckv_jax.decode import bench\n"
+        "bench._machine = lambda: {'device': 'a machine', 'platform': 'gpu', 'memory_bytes': 10**10}\n"
+        "bench._run = lambda *_: 1\n"
+        f"try: bench.bench({str(config)!r})\n"
+        "except bench.UserError: pass\n"
+        "from jax._src import xla_bridge; sys.exit(bool(xla_bridge._backends))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_passes_matter_to_cyclic_maps_only_and_peers_to_the_standard_map(config):
@@ -392,6 +524,9 @@ def test_passes_matter_to_cyclic_maps_only_and_peers_to_the_standard_map(config)
         ("maps={mine: 0_9}", ["maps: mine", "layer 1 reads layer 9"]),
         ("maps={}", ["maps"]),
         ("caches=[full, ful]", ["caches", "'ful'", "did you mean full"]),
+        ('caches=["kivi(2,3,6)"]', ["groups of 3", "head_dim is 8"]),
+        ('caches=["budget(8,8,snapkv)"]', ["no more cells than recent tokens"]),
+        ("model.dtype=float64", ["JAX_ENABLE_X64=1"]),
         ("lengths=[[6, 1]]", ["lengths", "2"]),
         ("lengths=[6, 7]", ["lengths"]),
         ("batches=[1, most]", ["batches"]),
@@ -430,13 +565,23 @@ def test_cells_of_another_machine_are_not_mixed_in(config, processes, capsys, mo
 def test_a_capped_accelerator_gets_a_memory_fraction_to_match(config, processes, monkeypatch):
     seen = []
     real = bench._run
-    monkeypatch.setattr(bench, "_run", lambda *a: seen.append(a[1].get("XLA_PYTHON_CLIENT_MEM_FRACTION")) or real(*a))
-    monkeypatch.setattr(bench, "_machine", lambda: {"device": "gpu", "platform": "gpu", "memory_bytes": 80e9})
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
+    def run(command, environment, output):
+        assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment, "jax refuses both names at once"
+        seen.append(environment["XLA_CLIENT_MEM_FRACTION"])
+        return real(command, environment, output)
+
+    monkeypatch.setattr(bench, "_run", run)
+    monkeypatch.setattr(bench, "_machine", lambda: {"device": "a machine", "platform": "gpu", "memory_bytes": 80e9})
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    cells = [str(config), "batches=1", "caches=full", "maps={mine: standard}"]
     for number, setting in enumerate(("memory_gb=20", "memory_gb=null")):
-        settings = [f"out={config.parent / str(number)}", "batches=1", "caches=full", setting]
-        assert main(["bench", str(config), *settings]) == 0
-    assert seen == ["0.2500"] * 2 + ["0.92"] * 2
+        assert main(["bench", *cells, f"out={config.parent / str(number)}", setting]) == 0
+    for name, fraction in (("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5"), ("XLA_CLIENT_MEM_FRACTION", "0.6")):
+        monkeypatch.setenv(name, fraction)
+        assert main(["bench", *cells, f"out={config.parent / fraction}", "memory_gb=null"]) == 0
+    assert seen == ["0.2500", "0.92", "0.5", "0.6"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 from conftest import needs_torch
@@ -14,6 +17,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from lckv_jax.decode import peers  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
     "head_dim": 8, "init_std": 0.3,
@@ -183,3 +187,9 @@ def test_refusals(write, tmp_path, capsys, model, identity, said):
 def test_a_cell_that_is_not_there(tmp_path, capsys):
     assert peers.main([str(tmp_path / "none.json"), "result.json"]) == 2
     assert "cannot be read as a cell" in capsys.readouterr().err
+
+
+def test_only_torch_is_loaded_beside_a_peer():
+    """A second framework in the process would take threads and memory, on a GPU most of it."""
+    code = "import sys; import lckv_jax.decode.peers; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -24,17 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lckv_jax.config import build_config
 from lckv_jax.config_text import apply_override, read_yaml
-from lckv_jax.decode.bench_cell import Cell, Decoder, Identity, write_json
+from lckv_jax.decode.bench_record import PEERS, Cell, Decoder, Identity, write_json
 from lckv_jax.decode.bench_table import one_line, table
-from lckv_jax.decode.spec import CacheSpec
+from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.errors import Stopped, UserError
 from lckv_jax.model.refine import stop_rule
+from lckv_jax.model.transformer import check_dtype
 from lckv_jax.model_config import Frozen, ModelConfig, Positive
 from lckv_jax.sharing import KVSharing
 
 _MEMORY_SHARE = 0.92  # of an accelerator, unless the environment says another one
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-_PEERS: tuple[Decoder, ...] = ("transformers dynamic", "transformers static")
+_FRACTION, _OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _PATIENCE = 10.0  # seconds for a stopped process to end
 
 
@@ -115,6 +115,9 @@ class BenchConfig(Frozen):
     def _check(self) -> BenchConfig:
         for passes in self.passes:
             stop_rule(self.model, passes)  # pyright: ignore[reportArgumentType]
+        for sharing, cache, (prompt, new) in itertools.product(self.maps.values(), self.caches, self.lengths):
+            model = self.model.model_copy(update={"sharing": sharing})
+            slot_specs(model, CacheSpec.parse(cache), prompt + new, prompt=prompt)
         if "://" in self.out:
             raise ValueError(f"out={self.out} is a bucket; give a local or mounted folder")
         return self
@@ -148,7 +151,7 @@ def cells(config: BenchConfig) -> dict[str, Cell]:
             continue  # one pass, whatever it says
         decoders: tuple[Decoder, ...] = ("lckv_jax",)
         if config.peers and _is_standard(sharing) and cache == "full" and batch != "largest":
-            decoders += _PEERS
+            decoders += PEERS
         for decoder in decoders:
             identity = Identity(
                 model=name,
@@ -196,9 +199,11 @@ def bench(path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Measures every cell of the config that has no result yet; prints a table, writes results.json and plots.
 
     Finished cells are kept whatever happens; those that ended in an error are tried again. Raises UserError for what
-    the user can mend, before any cell runs, and at the end if cells failed; Stopped at SIGTERM.
+    the user can mend, before any cell runs, and at the end if cells have no numbers, such as batches that do not fit;
+    Stopped at SIGTERM.
     """
     config = load_bench_config(path, overrides)
+    check_dtype(config.model)
     if config.peers:
         _check_peers()
     wanted = cells(config)
@@ -224,11 +229,11 @@ def bench(path: str | Path, overrides: Sequence[str] = ()) -> None:
         say(line)
     say(f"wrote {folder / 'results.json'}")
     _plot(done, folder, say)
-    failed = [key for key in wanted if str(records[key]["error"]).startswith("failed")]
-    if failed:
+    lost = [record for record in done if record["error"]]
+    if lost:
         raise UserError(
-            f"{len(failed)} of {len(wanted)} cells failed, the first with: {records[failed[0]]['error']}; the same "
-            "command tries them again"
+            f"{len(lost)} of {len(wanted)} cells have no numbers, the first is {one_line(lost[0]).strip()}; the others "
+            "are kept, and the same command tries these again"
         )
 
 
@@ -262,6 +267,8 @@ def _check_machine(config: BenchConfig, machine: dict[str, Any], records: dict[s
     if config.memory_gb is not None and config.memory_gb * 1e9 > machine["memory_bytes"]:
         has = f"{machine['memory_bytes'] / 1e9:.1f} GB"
         raise UserError(f"memory_gb={config.memory_gb:g} is more than {machine['device']} has, {has}; give less")
+    if config.memory_gb is not None and config.peers and machine["platform"] == "cpu":
+        raise UserError("memory_gb: torch caps the memory of GPUs only; leave out memory_gb, or peers")
     for record in records.values():
         there = record["facts"]["device"]
         if record["identity"]["decoder"] == "lckv_jax" and there != machine["device"]:
@@ -326,18 +333,23 @@ def _machine() -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, in which this package is found from every folder."""
+    """Ours, in which this package is found from every folder, and jax's memory fraction by its newer name only: jax
+    refuses both at once."""
     root = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    ours = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    fraction = ours.pop(_OLD_FRACTION, None)
+    return ours if fraction is None else {_FRACTION: fraction, **ours}
 
 
 def _measured(cell: Cell, stem: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """The record of the cell, which a process of its own writes to STEM.json. What it says besides is in STEM.log."""
     asked, result, log = (stem.with_name(f"{stem.name}{ending}") for ending in (".cell.json", ".json", ".log"))
     ours = cell.identity.decoder == "lckv_jax"
-    asked.write_text(cell.model_dump_json(indent=1, exclude=None if ours else {"bucket", "sample"}), encoding="utf-8")
+    asked.write_text(cell.model_dump_json(indent=1), encoding="utf-8")
     result.unlink(missing_ok=True)
     environment = _environment()
+    if machine["platform"] == "cpu" and not ours:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # torch would take a GPU that jax does not use
     if machine["platform"] != "cpu":
         cap = cell.identity.memory_cap_bytes
         share = min(_MEMORY_SHARE, cap / machine["memory_bytes"]) if cap else _MEMORY_SHARE
@@ -346,8 +358,10 @@ def _measured(cell: Cell, stem: Path, machine: dict[str, Any]) -> dict[str, Any]
     with log.open("w", encoding="utf-8") as output:
         code = _run([sys.executable, "-m", module, str(asked), str(result)], environment, output)
     record = _stored(stem.parent.parent, stem.name) if code == 0 else None
-    if record is None:
+    there = machine["device"] if record is None else record["facts"]["device"]
+    if record is None or there != machine["device"]:
         why = f"killed by signal {-code}, as for want of memory" if code < 0 else _last_line(log.read_text("utf-8"))
+        why = why if record is None else f"ran on {there}, not on {machine['device']}; install a build for that"
         error = f"failed: {why} (see {log})"
         record = {"identity": cell.identity.model_dump(), "facts": {"device": machine["device"]}, "results": None,
                   "error": error}  # fmt: skip

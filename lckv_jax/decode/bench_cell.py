@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,47 +30,20 @@ from lckv_jax.decode.bench_programs import (
     tree_bytes,
     written_per_step,
 )
+from lckv_jax.decode.bench_record import WARM_UPS, Cell, commit, cores, cpu_name, milliseconds, versions, write_json
 from lckv_jax.decode.cache import bytes_held
 from lckv_jax.decode.capacity import Limit, batch_by_formula, largest_batch, memory_limit, total_bytes
 from lckv_jax.decode.step import step_bytes
 from lckv_jax.errors import UserError
 from lckv_jax.model.transformer import check_dtype, dim_sizes, parameter_dims
-from lckv_jax.model_config import Frozen, ModelConfig, Positive
+from lckv_jax.model_config import ModelConfig
 
-Decoder = Literal["lckv_jax", "transformers dynamic", "transformers static"]
-
-WARM_UPS = 2
 _STEP_DOWN = 0.97  # of a batch that the analysis lets through and the device does not
 _STEPS_DOWN = 8
 _CPU_COPY_BYTES = 2**29  # of an array that is copied: larger than caches
 _DEVICE_COPY_BYTES = 2**31
 _COPIES = 5
-
-
-class Identity(Frozen):
-    """What tells a cell from others. sharing: the official string. cache: the text of its `CacheSpec`."""
-
-    model: str
-    decoder: Decoder
-    sharing: str
-    cache: str
-    dtype: str
-    prompt: Positive
-    new: Positive
-    batch: Positive | Literal["largest"]
-    passes: str | float
-    memory_cap_bytes: Positive | None
-
-
-class Cell(Frozen):
-    """A cell to measure. bucket, sample: as in `plan_work`. seed: of weights and prompts."""
-
-    identity: Identity
-    model: ModelConfig
-    repeats: Positive
-    bucket: Positive | None
-    sample: Positive | None
-    seed: int
+_IN_A_ROW = 8
 
 
 class Fitted(NamedTuple):
@@ -84,27 +54,19 @@ class Fitted(NamedTuple):
     compile_s: float
 
 
-class Spread(NamedTuple):
-    """Of some repeats."""
-
-    median: float
-    min: float
-    max: float
-
-
 # ---------------------------------------------------------------- a cell
 
 
 def measure(cell: Cell) -> dict[str, Any]:
     """The record of a cell: identity, facts, results, error (one sentence, and then results are null)."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    check_dtype(cell.model)
     wanted = cell.identity
     passes: Any = wanted.passes
-    work = plan_work(cell.model, wanted.cache, wanted.prompt, wanted.new, passes, cell.bucket, cell.sample)
     limit = memory_limit(wanted.memory_cap_bytes)
     results, error = None, None
     try:
+        check_dtype(cell.model)
+        work = plan_work(cell.model, wanted.cache, wanted.prompt, wanted.new, passes, cell.bucket, cell.sample)
         results = _results(cell, work, limit)
     except UserError as unfit:
         error = str(unfit)
@@ -119,15 +81,19 @@ def _results(cell: Cell, work: Work, limit: Limit) -> dict[str, Any]:
     """Raises UserError if the batch does not fit, or numbers are not finite."""
     if cell.identity.batch != "largest":
         fitted = _compiled(work, cell.identity.batch)
-        if fitted.needs <= limit.bytes and (results := _tried(cell, work, fitted)):
-            return {**results, "largest": False}
         asked = f"a batch of {fitted.batch} needs {_gb(fitted.needs)} of {_gb(limit.bytes)} ({limit.what})"
-        raise UserError(f"does not fit: {asked}; the largest that does is {_largest(work, limit)}")
+        if fitted.needs > limit.bytes:
+            raise UserError(f"does not fit: {asked}; the largest that does is {_largest(work, limit)}")
+        if results := _tried(cell, work, limit, fitted):
+            return {**results, "largest": False}
+        raise UserError(
+            f"does not fit: by analysis {asked}, but memory was full when it ran; batches=[largest] steps down"
+        )
     batch = _largest(work, limit)
     for _ in range(_STEPS_DOWN):
         jax.clear_caches()  # what the search has compiled counts too
         fitted = _compiled(work, batch)
-        if fitted.needs <= limit.bytes and (results := _tried(cell, work, fitted)):
+        if fitted.needs <= limit.bytes and (results := _tried(cell, work, limit, fitted)):
             return {**results, "largest": True}
         batch = max(1, math.floor(batch * _STEP_DOWN))
     raise UserError(
@@ -147,14 +113,15 @@ def _largest(work: Work, limit: Limit) -> int:
     return batch
 
 
-def _tried(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any] | None:
+def _tried(cell: Cell, work: Work, limit: Limit, fitted: Fitted) -> dict[str, Any] | None:
     """The results; None if the device's memory is not enough."""
     try:
-        return _run(cell, work, fitted)
+        return _run(cell, work, limit, fitted)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None
+    gc.collect()  # the arrays of what failed, which an error's traceback may still hold
+    return None
 
 
 def _compiled(work: Work, batch: int) -> Fitted:
@@ -163,7 +130,7 @@ def _compiled(work: Work, batch: int) -> Fitted:
     return Fitted(batch, needs, time.perf_counter() - started)
 
 
-def _run(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any]:
+def _run(cell: Cell, work: Work, limit: Limit, fitted: Fitted) -> dict[str, Any]:
     weights = random_weights(work.model, cell.seed)
     prompts = random_prompts(work, fitted.batch, cell.seed)
     timings = [generation(work, weights, *prompts) for _ in range(WARM_UPS + cell.repeats)][WARM_UPS:]
@@ -172,7 +139,7 @@ def _run(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any]:
     peak, kind = _peak_bytes(fitted.needs)
     weight_bytes = step_bytes(weights)
     del weights, prompts
-    bandwidth, how = copy_bandwidth()
+    bandwidth, how = copy_bandwidth(limit.bytes)
     return {
         "batch": fitted.batch,
         **_speeds(work, fitted.batch, timings, weight_bytes, bandwidth),
@@ -187,29 +154,22 @@ def _run(cell: Cell, work: Work, fitted: Fitted) -> dict[str, Any]:
 
 
 def _speeds(work: Work, batch: int, timings: list[Timing], weight_bytes: int, bandwidth: float) -> dict[str, Any]:
-    step_s = _spread([timing.decode / work.steps for timing in timings])
-    all_s = _spread([timing.prefill + timing.decode for timing in timings])
+    steps_s = [timing.decode / work.steps for timing in timings]
+    step_s = statistics.median(steps_s)
+    all_s = statistics.median(timing.prefill + timing.decode for timing in timings)
     read = read_per_step(work, batch)
     moved = weight_bytes + read + written_per_step(work, batch)
     return {
-        "prefill_ms": _milliseconds(_spread([timing.prefill for timing in timings])),
+        "prefill_ms": milliseconds([timing.prefill for timing in timings]),
         "passes_used": float(timings[-1].passes_B.mean()),
         "residual": float(timings[-1].residual_B.max()),
-        "decode_step_ms": _milliseconds(step_s),
-        "decode_tokens_per_s": batch / step_s.median,
-        "tokens_per_s": batch * (work.steps + 1) / all_s.median,
+        "decode_step_ms": milliseconds(steps_s),
+        "decode_tokens_per_s": batch / step_s,
+        "tokens_per_s": batch * (work.steps + 1) / all_s,
         "cache_bytes_read_per_step": round(read),
         "copy_bandwidth": bandwidth,
-        "share_of_roofline": moved / step_s.median / bandwidth,
+        "share_of_roofline": moved / step_s / bandwidth,
     }
-
-
-def _spread(seconds: list[float]) -> Spread:
-    return Spread(statistics.median(seconds), min(seconds), max(seconds))
-
-
-def _milliseconds(seconds: Spread) -> dict[str, float]:
-    return {name: 1e3 * x for name, x in seconds._asdict().items()}
 
 
 def _peak_bytes(compiled: int) -> tuple[int, str]:
@@ -226,24 +186,34 @@ def _gb(size: int) -> str:
 # ---------------------------------------------------------------- the machine
 
 
-def copy_bandwidth() -> tuple[float, str]:
-    """Bytes read and written per second by a copy on the first device, the best of some, and how it was made."""
+def copy_bandwidth(memory_bytes: int) -> tuple[float, str]:
+    """Bytes read and written per second by a copy on the first device, the best of some, and how it was made.
+
+    memory_bytes: what there is, of which an accelerator's copies take a quarter at most.
+    """
     if jax.local_devices()[0].platform == "cpu":
         return _cpu_copy_bandwidth()
-    x = jnp.ones(_DEVICE_COPY_BYTES // 4, jnp.float32)
+    return _device_copy_bandwidth(min(_DEVICE_COPY_BYTES, memory_bytes // 8))
+
+
+def _device_copy_bandwidth(size: int) -> tuple[float, str]:
+    """Some copies one after the other for each look at the clock, which would otherwise time the start of one too."""
+    x = jnp.ones(size // 4, jnp.float32)
     copy = jax.jit(lambda x, _: jnp.copy(x), donate_argnums=1, keep_unused=True)
     into = jnp.zeros_like(x)
     times = []
     for _ in range(2 + _COPIES):
         started = time.perf_counter()
-        into = jax.block_until_ready(copy(x, into))
-        times.append(time.perf_counter() - started)
+        for _ in range(_IN_A_ROW):
+            into = copy(x, into)
+        into.block_until_ready()
+        times.append((time.perf_counter() - started) / _IN_A_ROW)
     return 2 * x.nbytes / min(times), f"a jitted copy of {x.nbytes >> 20} MiB into memory that is there"
 
 
 def _cpu_copy_bandwidth() -> tuple[float, str]:
     """By numpy: a jitted copy on a CPU gets fresh memory each time, and pays for the page faults."""
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     x = np.ones(_CPU_COPY_BYTES // 4, np.float32)
     into = np.zeros_like(x)
     into += 1  # touched, so that its pages are there
@@ -260,47 +230,19 @@ def _cpu_copy_bandwidth() -> tuple[float, str]:
 def device_name() -> str:
     """What the first device calls itself; of a CPU its model and how many cores this process may use."""
     device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return cpu_name() if device.platform == "cpu" else device.device_kind
 
 
 def _facts(cell: Cell) -> dict[str, Any]:
     return {
         "parameters": count_parameters(cell.model),
         "device": device_name(),
-        "versions": {"python": platform.python_version(), **_versions("jax", "jaxlib", "numpy")},
+        "versions": versions("jax", "jaxlib", "numpy"),
         "commit": commit(),
         "repeats": cell.repeats,
         "sample": cell.sample,
         "random_weights": True,
     }
-
-
-def _versions(*names: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def commit() -> str | None:
-    """`git describe` of this code; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -314,13 +256,6 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 # ---------------------------------------------------------------- the process
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Writes a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def machine() -> dict[str, Any]:

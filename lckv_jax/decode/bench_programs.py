@@ -82,17 +82,17 @@ def abstract_weights(config: ModelConfig) -> Weights:
 def random_weights(config: ModelConfig, seed: int) -> Weights:
     """The weights of a fresh model, for measuring speed: norms are 1, everything else normal with `init_std`.
 
-    Made one by one in a decoder's own dtypes, so that nothing larger is ever there beside them.
+    Made one by one in a decoder's own dtypes, the largest first, so that what making them takes is never the peak.
     """
     key = jax.random.key(seed, impl="rbg")  # fast on accelerators too
     leaves, tree = jax.tree.flatten_with_path(abstract_weights(config))
-    made = []
-    for number, (path, leaf) in enumerate(leaves):
+    made = {}
+    for number, (path, leaf) in sorted(enumerate(leaves), key=lambda numbered: -numbered[1][1].size):
         if "norm" in jax.tree_util.keystr(path[-1:]):
-            made.append(jnp.ones(leaf.shape, leaf.dtype))
+            made[number] = jnp.ones(leaf.shape, leaf.dtype)
         else:
-            made.append(_normal(jax.random.fold_in(key, number), config.init_std, leaf.shape, leaf.dtype))
-    return jax.tree.unflatten(tree, made)
+            made[number] = _normal(jax.random.fold_in(key, number), config.init_std, leaf.shape, leaf.dtype)
+    return jax.tree.unflatten(tree, [made[number] for number in range(len(leaves))])
 
 
 @jax.jit(static_argnames=("shape", "dtype"))

@@ -21,6 +21,7 @@ _COLUMNS = {
     "roof": 6,
     "compile": 9,
 }
+_RATES = {"decode": "decode_tokens_per_s", "all": "tokens_per_s"}
 _LEGEND = (
     "decode/s, all/s: new tokens a second, of the steps alone and with the time of the prompt",
     "held, read: bytes of the cache, and of it read by a step; weights are read besides",
@@ -68,13 +69,25 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         yield from _ratios(group_records, width)
     yield ""
     yield from _LEGEND
+    yield from _code(records)
     if any(map(_is_largest, records)):
         yield "*: the largest batch that fits, by compiled memory analysis, and it ran"
+    if any(record["results"] and record["results"]["peak_bytes_kind"] == "compiled" for record in records):
+        yield "peak: here by compiled memory analysis, as a CPU does not tell"
     if any(record["identity"]["memory_cap_bytes"] for record in records):
         yield "a cap stands for a smaller card's capacity, not for its speed"
     samples = {sample for record in records if (sample := record["facts"].get("sample"))}
     if samples:
         yield f"ms/step: of {max(samples)} steps with a cache of each size, which stand for all steps with it"
+
+
+def _code(records: Sequence[Record]) -> Iterator[str]:
+    """Which code gave the numbers, as cells that were finished earlier are kept."""
+    commits = list(dict.fromkeys(str(record["facts"].get("commit")) for record in records if record["results"]))
+    if len(commits) > 1:
+        yield f"code: of {len(commits)} commits, {', '.join(commits)}: to compare, measure all by one, in another `out`"
+    elif commits and commits != ["None"]:
+        yield f"code: commit {commits[0]}"
 
 
 def _name(record: Record) -> str:
@@ -139,23 +152,34 @@ def _ratios(records: Sequence[Record], width: int) -> Iterator[str]:
     by_batch = {record["identity"]["batch"]: record for record in baseline}
     yield f"{'':<{width}}{'batch':>{_COLUMNS['batch']}}  over {baseline[0]['identity']['model']}"
     others = [record for record in good if not _is_baseline(record)]
+    unknown = [record for record in records if _is_unknown(record)]
     for name, group in itertools.groupby(sorted(others, key=_name), key=_name):
         rows = list(group)
         for record in rows:
             if standard := by_batch.get(record["identity"]["batch"]):
                 yield f"{name:<{width}}{record['identity']['batch']:>{_COLUMNS['batch']}}" + _ratio(record, standard)
-        best, standard = max(rows, key=_decode_rate), max(baseline, key=_decode_rate)
-        batches = f"{best['identity']['batch']} to {standard['identity']['batch']}"
-        yield f"{name:<{width}}{'best':>{_COLUMNS['batch']}}" + _ratio(best, standard) + f" (batch {batches})"
+        if any(_is_baseline(record) or _name(record) == name for record in unknown):
+            best = "not known, as a cell failed"
+        else:
+            best = ", ".join(f"{word} {_best(rows, baseline, rate)}" for word, rate in _RATES.items())
+        yield f"{name:<{width}}{'best':>{_COLUMNS['batch']}}  {best}"
 
 
-def _decode_rate(record: Record) -> float:
-    return record["results"]["decode_tokens_per_s"]
+def _is_unknown(record: Record) -> bool:
+    """Whether the cell has no numbers for another reason than that so many rows are too many."""
+    asked_too_much = record["identity"]["batch"] != "largest" and str(record["error"]).startswith("does not fit")
+    return record["results"] is None and not asked_too_much
+
+
+def _best(rows: Sequence[Record], baseline: Sequence[Record], rate: str) -> str:
+    """The ratio of the best of each, and their batches."""
+    best, standard = (max(records, key=lambda record: record["results"][rate]) for records in (rows, baseline))
+    batches = f"batch {best['identity']['batch']} to {standard['identity']['batch']}"
+    return f"x{best['results'][rate] / standard['results'][rate]:.2f} ({batches})"
 
 
 def _ratio(record: Record, standard: Record) -> str:
     ours, theirs = record["results"], standard["results"]
-    decode, everything = (ours[name] / theirs[name] for name in ("decode_tokens_per_s", "tokens_per_s"))
+    text = "  " + ", ".join(f"{word} x{ours[rate] / theirs[rate]:.2f}" for word, rate in _RATES.items())
     held = ours["cache_bytes_held"], theirs["cache_bytes_held"]
-    text = f"  decode x{decode:.2f}, all x{everything:.2f}"
     return text + (f", held x{held[0] / held[1]:.2f}" if all(held) else "")

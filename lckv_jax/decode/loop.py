@@ -113,6 +113,7 @@ def prefill(
         first = min(start, B - rows)  # all groups are of one size
         part = group(_some(prompts, slice(first, first + rows)), stops)
         whole = place(room(part, B) if whole is None else whole, part, first)
+        del part  # not there beside the next one
     assert whole is not None, "there are prompts"
     return whole
 

@@ -12,56 +12,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lckv_jax.config import build_config
 from lckv_jax.convert.hub_config import hub_config, natural_format
+from lckv_jax.decode.bench_record import (
+    PEERS,
+    WARM_UPS,
+    Cell,
+    commit,
+    cores,
+    cpu_name,
+    milliseconds,
+    versions,
+    write_json,
+)
 from lckv_jax.errors import UserError
-from lckv_jax.model_config import Frozen, ModelConfig, NonNegative, Positive
 
 if TYPE_CHECKING:
     import torch
     from transformers import Cache, LlamaForCausalLM
 
-WARM_UPS = 2
 _COMPILED_STEPS = 3  # the first compiles, the second records a CUDA graph, the third replays it
 _COPY_BYTES, _COPIES, _COPY_REPEATS = 2**28, 4, 5
-
-
-class Identity(Frozen):
-    """What tells a cell from others; of those that `bench` knows, the ones that have a peer."""
-
-    model: str
-    decoder: Literal["transformers dynamic", "transformers static"]
-    sharing: str
-    cache: Literal["full"]
-    dtype: Literal["float32", "bfloat16", "float64"]
-    prompt: Positive
-    new: Annotated[int, Field(ge=2)]
-    batch: Positive
-    passes: str | float = "trained"
-    memory_cap_bytes: Positive | None = None
-
-
-class Cell(Frozen):
-    """A cell to measure. bucket: of our own decoder, unused. seed: of weights and prompts."""
-
-    identity: Identity
-    model: ModelConfig
-    repeats: Annotated[int, Field(ge=5)]
-    bucket: Positive = 1
-    seed: NonNegative = 0
 
 
 class Times(NamedTuple):
@@ -78,6 +57,13 @@ def read_cell(path: Path) -> Cell:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a cell: {error}") from error
     cell = build_config(Cell, tree, str(path))
+    wanted = cell.identity
+    has_peer = {"decoder": wanted.decoder in PEERS, "cache": wanted.cache == "full", "batch": wanted.batch != "largest"}
+    if wrong := [name for name, fine in has_peer.items() if not fine]:
+        raise UserError(
+            f"{path}: identity.{wrong[0]}={getattr(wanted, wrong[0])} is not measured with transformers; use the "
+            "decoder lckv_jax"
+        )
     if natural_format(cell.model) != "llama":
         raise UserError(
             f"{path}: {cell.identity.decoder} knows no map but the standard one, and model.sharing is "
@@ -95,7 +81,9 @@ def measure(cell: Cell) -> dict[str, Any]:
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(threads())
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as XLA multiplies float32
+    torch.set_num_threads(cores())  # as XLA; torch's own default is fewer where cores run two threads each
     record = {"identity": cell.identity.model_dump(), "facts": {**_facts(cell, device), "started": started}}
     cap = cell.identity.memory_cap_bytes
     if cap is not None and device.type == "cpu":
@@ -109,12 +97,6 @@ def measure(cell: Cell) -> dict[str, Any]:
         if (sentence := _sentence(error, device)) is None:
             raise
         return {**record, "results": None, "error": sentence}
-
-
-def threads() -> int:
-    """The cores that this process may use. XLA starts as many threads on the CPU; torch's own default is fewer where
-    cores run two threads each."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build(cell: Cell, device: torch.device | str) -> LlamaForCausalLM:
@@ -213,8 +195,8 @@ def _speeds(cell: Cell, times: list[Times], weights: int, bandwidth: float) -> d
     columns = wanted.new if wanted.decoder == "transformers static" else wanted.new / 2  # step i of new - 1 reads i
     read = written * (wanted.prompt + columns)
     return {
-        "prefill_ms": _spread([run.prefill for run in times]),
-        "decode_step_ms": _spread(steps),
+        "prefill_ms": milliseconds([run.prefill for run in times]),
+        "decode_step_ms": milliseconds(steps),
         "decode_tokens_per_s": wanted.batch / step,
         "tokens_per_s": wanted.batch * wanted.new / statistics.median(run.prefill + run.decode for run in times),
         "cache_bytes_read_per_step": round(read),
@@ -223,10 +205,6 @@ def _speeds(cell: Cell, times: list[Times], weights: int, bandwidth: float) -> d
         "copy_bandwidth_how": f"torch's copy_ of {_COPY_BYTES >> 20} MiB into memory that is there",
         "share_of_roofline": (weights + read + written) / step / bandwidth,
     }
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return {name: 1e3 * f(seconds) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
 
 
 def _token_bytes(cell: Cell) -> int:
@@ -281,41 +259,18 @@ def _sentence(error: RuntimeError, device: torch.device) -> str | None:
 def _facts(cell: Cell, device: torch.device) -> dict[str, Any]:
     """What must be known beside the numbers; allocates nothing. attention: what transformers chose."""
     import torch
-    import transformers
 
     model = build(cell, "meta")
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": threads(),
+        "threads": cores(),
         "attention": model.config._attn_implementation,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions("torch", "transformers"),
         "commit": commit(),
         "repeats": cell.repeats,
         "random_weights": True,
     }
-
-
-def cpu_name() -> str:
-    """The model of the CPU and its cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {threads()} cores"
-
-
-def commit() -> str | None:
-    """What `git describe` says of this code; None where it is no git checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -328,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.result, result)
     return 0
 
 

@@ -64,8 +64,8 @@ def measure_caches(
 ) -> list[CacheReport]:
     """One report for each of the caches, all of them on the same pieces of text, each with its first token.
 
-    prompt: the first tokens of every piece go through a prefill and are not scored; the next one is predicted from
-    that, the others from the cache. Pieces that end before those are left out.
+    prompt: the first tokens of every piece go through a prefill. They are not scored, nor is the next one, which the
+    prefill predicts whatever the cache keeps. Pieces that end before the others are left out.
     by_position: positions of a bucket. console: shown how far it is.
     Raises UserError if nothing is left to score, or if a number is not finite.
     """
@@ -96,8 +96,7 @@ def measure_caches(
             if not all(np.isfinite(row).all() for row in nats):
                 raise UserError(f"cache={cache}: the loss is not finite; evaluate an earlier checkpoint, or without it")
             row_bytes = max(decoded.row_bytes for decoded in found)
-            first = skipped - 1 if prompt else 0  # the position of the first prediction
-            buckets = _buckets(nats, first, by_position) if by_position else ()
+            buckets = _buckets(nats, skipped, by_position) if by_position else ()
             reports.append(_report(cache, nats, text_bytes, row_bytes, timed, buckets))
     return reports
 

@@ -15,7 +15,7 @@ from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cache import Cache, bytes_held, empty
 from lckv_jax.decode.loop import fill_cache, tiles, unstack, with_room
 from lckv_jax.decode.spec import CacheSpec, SlotSpec, slot_specs
-from lckv_jax.decode.step import Weights, decode_step, head_logits
+from lckv_jax.decode.step import Weights, decode_step
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.rows import groups, padded_length
 from lckv_jax.model.layers import Params
@@ -60,8 +60,8 @@ class Prompt(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """logprobs: of the tokens of each list after its first, or after its prompt. row_bytes: of the cache of one row, as
-    it lies in memory after the longest."""
+    """logprobs: of the tokens of each list after its first; after a prompt, of those after the next one, which no step
+    predicts. row_bytes: of the cache of one row, as it lies in memory after the longest."""
 
     logprobs: list[np.ndarray]
     row_bytes: int
@@ -121,8 +121,7 @@ def decode_batch(
     if prompt is None:
         cache = empty(config, specs, rows)
     else:
-        cache, first_B = _after_prompt(weights, config, specs, prompt.passes, tokens_TB[:start].T, tokens_TB[start])
-        found.append(first_B[None])
+        cache = _after_prompt(weights, config, specs, prompt.passes, tokens_TB[:start].T)
     for column in range(start, total, steps):
         now = slice(column, column + steps)
         before, specs = specs, slot_specs(config, spec, _room(now.stop, total), total, prompt=start)
@@ -133,10 +132,8 @@ def decode_batch(
         )
         found.append(np.asarray(logprob_TB))
     logprob_TB = np.concatenate(found)
-    scored_B = ends_B - start + (prompt is not None)
-    return Decoded(
-        [logprob_TB[:scored, row] for row, scored in enumerate(scored_B[: len(lists)])], bytes_held(config, specs, 1)
-    )
+    rows_of = [logprob_TB[: end - start, row] for row, end in enumerate(ends_B[: len(lists)])]
+    return Decoded(rows_of, bytes_held(config, specs, 1))
 
 
 def _room(columns: int, total: int) -> int:
@@ -151,12 +148,10 @@ def _after_prompt(
     specs: tuple[SlotSpec, ...],
     passes: Passes,
     tokens_BT: jax.Array,
-    label_B: jax.Array,
-) -> tuple[Cache, jax.Array]:
-    """The cache after prompts of one length, as `generate` fills it, and the log-probability of what follows, [B]."""
+) -> Cache:
+    """The cache after prompts of one length, as `generate` fills it."""
     no_padding_B, chunk = jnp.zeros(tokens_BT.shape[0], jnp.int32), tiles(config, *tokens_BT.shape).chunk
-    cache, done = fill_cache(weights, config, specs, passes, tokens_BT, no_padding_B, chunk=chunk, plain=True)
-    return cache, _logprob(head_logits(weights, done.x_BD), label_B)
+    return fill_cache(weights, config, specs, passes, tokens_BT, no_padding_B, chunk=chunk, plain=True)[0]
 
 
 def _logprob(logits_BV: jax.Array, label_B: jax.Array) -> jax.Array:
