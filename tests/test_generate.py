@@ -230,7 +230,8 @@ def test_one_program_for_all_seeds(lckv):
     kinds = programs.prefill_group, programs.decode
     for kind in kinds:
         kind.clear_cache()
-    drawn = [generate(params, config, [[3, 1]], 9, sampling=Sampling(top_k=30, seed=seed)) for seed in (0, 8, 2**32 - 1)]
+    samplings = [Sampling(top_k=30, seed=seed) for seed in (0, 8, 2**32 - 1)]
+    drawn = [generate(params, config, [[3, 1]], 9, sampling=sampling) for sampling in samplings]
     assert drawn[0] != drawn[1] != drawn[2]
     assert [kind._cache_size() for kind in kinds] == [1, 1]
 
