@@ -225,12 +225,22 @@ def test_the_compiled_loop_copies_no_slot(golden, case, text):
     assert all(np.prod([int(n) for n in shape.split(",")]) < slot for shape in copies), copies
 
 
+@pytest.mark.parametrize("length", [1, 17, 1024, 16 * 257, 16 * 2053, 16 * 4093, 2**16 + 1])
+def test_prompts_of_any_length_divide_into_large_chunks(lckv, length):
+    config = lckv[1].model_copy(update={"num_heads": 32})
+    columns = module._padded_prompts([[0] * length], 1)[0].shape[1]
+    assert columns - length < max(16, length / 32)
+    most = min(columns, programs._GROUP_TOKENS // 16, programs._GROUP_SCORES // (32 * columns))
+    assert programs.tiles(config, 1, columns).chunk > most / 2
+
+
 def test_one_program_for_all_seeds(lckv):
     params, config = lckv
     kinds = programs.prefill_group, programs.decode
     for kind in kinds:
         kind.clear_cache()
-    drawn = [generate(params, config, [[3, 1]], 9, sampling=Sampling(top_k=30, seed=seed)) for seed in (0, 8, 2**32 - 1)]
+    samplings = [Sampling(top_k=30, seed=seed) for seed in (0, 8, 2**32 - 1)]
+    drawn = [generate(params, config, [[3, 1]], 9, sampling=sampling) for sampling in samplings]
     assert drawn[0] != drawn[1] != drawn[2]
     assert [kind._cache_size() for kind in kinds] == [1, 1]
 

@@ -10,6 +10,7 @@ from lckv_jax import checkpoint
 from lckv_jax.__main__ import main
 from lckv_jax.decode import generate as module
 from lckv_jax.decode.generate import generate
+from lckv_jax.decode.prompts import _read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_file_of_prompts(run, tmp_path, capsys):
         assert len(row["logprobs"]) == len(row["tokens"]) and max(row["logprobs"]) < 0
     capsys.readouterr()
     (tmp_path / "in.txt").write_text("import os\ndef\nfor x in\n")
-    assert main(["generate", str(run), f"file={tmp_path / 'in.txt'}", "max_new_tokens=5"]) == 0
+    assert main(["generate", str(run), f"file={tmp_path / 'in.txt'}", *command[3:]]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
 
 
@@ -67,6 +68,15 @@ def test_rows_draw_the_same_whatever_the_batch(run, tmp_path, capsys):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl"])
+def test_only_line_feeds_end_lines(tmp_path, name):
+    """Form feeds stand in Python files, and JSON may have U+2028 as it is."""
+    prompts = ["import os\x0c", "a\u2028b\x85"]
+    lines = prompts if name == "in.txt" else [json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts]
+    (tmp_path / name).write_bytes("\r\n".join(lines).encode())
+    assert _read_prompts(tmp_path / name) == prompts
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -74,6 +84,7 @@ def test_rows_draw_the_same_whatever_the_batch(run, tmp_path, capsys):
         (["prompt=a", "out=b"], "out is for the prompts of a file"),
         (["prompt=a", "cache=fool"], "did you mean full"),
         (["prompt=a", "passes=exakt"], "did you mean 'exact'"),
+        (["prompt=a", "passes=9"], "no tolerance"),
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens"),
         (["prompt=a", "max_new_tokens=null"], "grows without end"),
         (["prompt=a", "temperature=1"], "temperature"),
@@ -90,7 +101,13 @@ def test_mistakes_are_one_sentence(run, capsys, monkeypatch, tmp_path, settings,
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "line 1: is not JSON"), ('{"text": "a"}', "it has text"), ("[1]", "it is [1]"), ("\n", "holds no prompt")],
+    [
+        ("{", "line 1: is not JSON"),
+        ('\n{"prompt": "a"}\n\n{', "line 4: is not JSON"),
+        ('{"text": "a"}', "it has text"),
+        ("[1]", "it is [1]"),
+        ("\n", "holds no prompt"),
+    ],
 )
 def test_files_that_hold_no_prompts(run, capsys, tmp_path, text, words):
     (tmp_path / "in.jsonl").write_text(text)

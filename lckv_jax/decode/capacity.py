@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def available_bytes() -> int:
 
 def total_bytes() -> int:
     """Memory of this machine."""
-    return _meminfo("MemTotal")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # a Mac has no /proc
 
 
 def _meminfo(name: str) -> int:

@@ -24,7 +24,7 @@ from lckv_jax.model.transformer import check_dtype
 _BUCKET = 256  # columns by which a cache grows: early steps do not read what late ones need
 _SEGMENT = 64  # steps between looks at whether every row has ended
 _ENDLESS = 2**31 - 1  # columns are counted in int32
-_PROMPT_STEP = 16  # prompts are padded to a multiple of it
+_PROMPT_STEP = 16  # prompts are padded to a multiple of it, or of a power of two of up to a 32nd of a long one
 
 
 class Generated(NamedTuple):
@@ -193,7 +193,8 @@ def _padded_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[
             )
         lists.append(ids)
     longest = max(ids.size for ids in lists)
-    length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+    step = max(_PROMPT_STEP, (1 << longest.bit_length()) // 64)  # large chunks divide it, and shapes are few
+    length = -(-longest // step) * step
     tokens = np.zeros((len(lists), length), np.int32)
     for row, ids in zip(tokens, lists):
         row[length - ids.size :] = ids

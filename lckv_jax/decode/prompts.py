@@ -161,15 +161,16 @@ def _write(path: Path, text: str) -> None:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # not splitlines: that also ends lines at form feeds and at U+2028, which may stand inside a prompt
+        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(f"{path}: cannot be read: {reason}; name a UTF-8 file of prompts") from error
     if not lines:
         raise UserError(f"{path}: holds no prompt; write one a line")
-    return (
-        lines if path.suffix != ".jsonl" else [_prompt_of(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
-    )
+    if path.suffix != ".jsonl":
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"{path}, line {n}") for n, line in lines]
 
 
 def _prompt_of(line: str, where: str) -> str:

@@ -7,7 +7,6 @@ without and b with gradient; at inference (`solve_rows`) each row passes until i
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -85,9 +84,9 @@ def stop_rule(config: ModelConfig, passes: Passes) -> Stop:
     """What `passes` means for this model at inference.
 
     `trained`: m + b passes. `exact`: until no single token's K or V changes by more than 8 eps of the compute dtype,
-    relatively: 9.5e-7 in float32, but 0.0625 in bfloat16, where a smaller tolerance may be asked for. A number: the
-    same test with that tolerance; 0: no test. But never more passes than the row's longest document has tokens: by then
-    every token is final (token t is after t + 1 passes).
+    relatively: 9.5e-7 in float32, but 0.0625 in bfloat16, where a smaller tolerance may be asked for. A number below 1:
+    the same test with that tolerance; 0: no test. But never more passes than the row's longest document has tokens: by
+    then every token is final (token t is after t + 1 passes).
     Raises UserError for anything else.
     """
     if passes == "trained":
@@ -98,8 +97,10 @@ def stop_rule(config: ModelConfig, passes: Passes) -> Stop:
         near = difflib.get_close_matches(passes.lower(), ("trained", "exact"), 1, 0.5)
         mend = f"did you mean {near[0]!r}?" if near else "use trained, exact or a tolerance such as 1e-2"
         raise UserError(f"passes: unknown name {passes!r}; {mend}")
-    if isinstance(passes, bool) or not (math.isfinite(passes) and passes >= 0):
-        raise UserError(f"passes: {passes} is no tolerance; use 0 or more, such as 1e-2, or trained or exact")
+    if isinstance(passes, bool) or not 0 <= passes < 1:  # a change of 1 is that of K,V from nothing
+        raise UserError(
+            f"passes: {passes} is no tolerance, which is 0 or more, below 1; use one such as 1e-2, or trained or exact"
+        )
     return Stop(float(passes) or -1.0, None)
 
 
