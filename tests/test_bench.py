@@ -17,7 +17,7 @@ import pytest
 
 from lckv_jax.__main__ import main
 from lckv_jax.config import build_config
-from lckv_jax.decode import bench, bench_cell, bench_programs, capacity, loop
+from lckv_jax.decode import bench, bench_cell, bench_programs, bench_record, capacity, loop
 from lckv_jax.decode.bench_programs import (
     abstract_weights,
     compile_needs,
@@ -99,7 +99,7 @@ def cell(sharing="standard", cache="full", batch=2, cap=None, prompt=6, new=7):
 
 @pytest.fixture
 def small_copies(monkeypatch):
-    monkeypatch.setattr(bench_cell, "_CPU_COPY_BYTES", 2**16)
+    monkeypatch.setattr(bench_record, "COPY_BYTES", 2**16)
 
 
 def test_a_record_is_complete_and_its_bytes_are_those_of_the_formulas(small_copies):
@@ -174,10 +174,10 @@ def test_memory_that_the_device_lacks_steps_down(monkeypatch, small_copies):
 def test_copy_bandwidth_moves_every_byte(monkeypatch, small_copies):
     copied = []
     real = np.copyto
-    monkeypatch.setattr(bench_cell.np, "copyto", lambda into, x: (copied.append(x.nbytes), real(into, x)))
+    monkeypatch.setattr(bench_record.np, "copyto", lambda into, x: (copied.append(x.nbytes), real(into, x)))
     rate, how = bench_cell.copy_bandwidth(10**9)
     assert rate > 0 and "numpy.copyto" in how
-    assert sum(copied) == (1 + bench_cell._COPIES) * 2**16
+    assert sum(copied) == (1 + bench_record.COPIES) * 2**16
 
 
 def test_copies_fit_into_a_cap(monkeypatch):

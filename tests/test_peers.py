@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
-from lckv_jax.decode import peers  # noqa: E402
+from lckv_jax.decode import bench_record, peers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {
@@ -41,7 +41,7 @@ STATIC = {"decoder": "transformers static"}
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch):
-    monkeypatch.setattr(peers, "_COPY_BYTES", 2**20)
+    monkeypatch.setattr(bench_record, "COPY_BYTES", 2**20)
 
 
 @pytest.fixture

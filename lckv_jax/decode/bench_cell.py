@@ -8,14 +8,12 @@ import math
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lckv_jax.decode.bench_programs import (
     Timing,
@@ -30,7 +28,17 @@ from lckv_jax.decode.bench_programs import (
     tree_bytes,
     written_per_step,
 )
-from lckv_jax.decode.bench_record import WARM_UPS, Cell, commit, cores, cpu_name, milliseconds, versions, write_json
+from lckv_jax.decode.bench_record import (
+    COPIES,
+    WARM_UPS,
+    Cell,
+    commit,
+    cpu_copy_bandwidth,
+    cpu_name,
+    milliseconds,
+    versions,
+    write_json,
+)
 from lckv_jax.decode.cache import bytes_held
 from lckv_jax.decode.capacity import Limit, batch_by_formula, largest_batch, memory_limit, total_bytes
 from lckv_jax.decode.step import step_bytes
@@ -40,9 +48,7 @@ from lckv_jax.model_config import ModelConfig
 
 _STEP_DOWN = 0.97  # of a batch that the analysis lets through and the device does not
 _STEPS_DOWN = 8
-_CPU_COPY_BYTES = 2**29  # of an array that is copied: larger than caches
 _DEVICE_COPY_BYTES = 2**31
-_COPIES = 5
 _IN_A_ROW = 8
 
 
@@ -192,7 +198,7 @@ def copy_bandwidth(memory_bytes: int) -> tuple[float, str]:
     memory_bytes: what there is, of which an accelerator's copies take a quarter at most.
     """
     if jax.local_devices()[0].platform == "cpu":
-        return _cpu_copy_bandwidth()
+        return cpu_copy_bandwidth()
     return _device_copy_bandwidth(min(_DEVICE_COPY_BYTES, memory_bytes // 8))
 
 
@@ -202,29 +208,13 @@ def _device_copy_bandwidth(size: int) -> tuple[float, str]:
     copy = jax.jit(lambda x, _: jnp.copy(x), donate_argnums=1, keep_unused=True)
     into = jnp.zeros_like(x)
     times = []
-    for _ in range(2 + _COPIES):
+    for _ in range(2 + COPIES):
         started = time.perf_counter()
         for _ in range(_IN_A_ROW):
             into = copy(x, into)
         into.block_until_ready()
         times.append((time.perf_counter() - started) / _IN_A_ROW)
     return 2 * x.nbytes / min(times), f"a jitted copy of {x.nbytes >> 20} MiB into memory that is there"
-
-
-def _cpu_copy_bandwidth() -> tuple[float, str]:
-    """By numpy: a jitted copy on a CPU gets fresh memory each time, and pays for the page faults."""
-    threads = cores()
-    x = np.ones(_CPU_COPY_BYTES // 4, np.float32)
-    into = np.zeros_like(x)
-    into += 1  # touched, so that its pages are there
-    parts = list(zip(np.array_split(into, threads), np.array_split(x, threads)))
-    times = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(1 + _COPIES):
-            started = time.perf_counter()
-            list(pool.map(lambda part: np.copyto(*part), parts))
-            times.append(time.perf_counter() - started)
-    return 2 * x.nbytes / min(times), f"numpy.copyto of {x.nbytes >> 20} MiB into warm memory, {threads} threads"
 
 
 def device_name() -> str:

@@ -7,10 +7,13 @@ import os
 import platform
 import statistics
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from lckv_jax.model_config import Frozen, ModelConfig, Positive
@@ -19,6 +22,8 @@ Decoder = Literal["lckv_jax", "transformers dynamic", "transformers static"]
 PEERS: tuple[Decoder, ...] = ("transformers dynamic", "transformers static")
 
 WARM_UPS = 2  # generations before those that are timed
+COPIES = 5  # of which the fastest is the bandwidth
+COPY_BYTES = 2**29  # of an array that is copied: larger than caches
 
 
 class Identity(Frozen):
@@ -96,3 +101,22 @@ def cpu_name() -> str:
         lines = []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     return f"{model or platform.processor() or platform.machine()}, {cores()} cores"
+
+
+def cpu_copy_bandwidth() -> tuple[float, str]:
+    """Bytes read and written per second by copies on all cores, the best of some, and how they were made.
+
+    By numpy: a jitted copy on a CPU gets fresh memory each time, and pays for the page faults.
+    """
+    threads = cores()
+    x = np.ones(COPY_BYTES // 4, np.float32)
+    into = np.zeros_like(x)
+    into += 1  # touched, so that its pages are there
+    parts = list(zip(np.array_split(into, threads), np.array_split(x, threads)))
+    times = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(1 + COPIES):
+            started = time.perf_counter()
+            list(pool.map(lambda part: np.copyto(*part), parts))
+            times.append(time.perf_counter() - started)
+    return 2 * x.nbytes / min(times), f"numpy.copyto of {x.nbytes >> 20} MiB into warm memory, {threads} threads"

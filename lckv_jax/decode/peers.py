@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lckv_jax.config import build_config
 from lckv_jax.convert.hub_config import hub_config, natural_format
 from lckv_jax.decode.bench_record import (
+    COPIES,
     PEERS,
     WARM_UPS,
     Cell,
     commit,
     cores,
+    cpu_copy_bandwidth,
     cpu_name,
     milliseconds,
     versions,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import Cache, LlamaForCausalLM
 
 _COMPILED_STEPS = 3  # the first compiles, the second records a CUDA graph, the third replays it
-_COPY_BYTES, _COPIES, _COPY_REPEATS = 2**28, 4, 5
+_COPY_BYTES, _IN_A_ROW = 2**28, 4
 
 
 class Times(NamedTuple):
@@ -185,7 +187,7 @@ def _results(cell: Cell, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _speeds(cell: Cell, times: list[Times], weights: int, bandwidth: float) -> dict[str, Any]:
+def _speeds(cell: Cell, times: list[Times], weights: int, bandwidth: tuple[float, str]) -> dict[str, Any]:
     """Rates of the timed runs, and the bytes that a step reads and writes at least: weights, the columns that the cache
     has (on average; a static one has all from the start), and one new column."""
     wanted = cell.identity
@@ -201,9 +203,9 @@ def _speeds(cell: Cell, times: list[Times], weights: int, bandwidth: float) -> d
         "tokens_per_s": wanted.batch * wanted.new / statistics.median(run.prefill + run.decode for run in times),
         "cache_bytes_read_per_step": round(read),
         "weight_bytes_read_per_step": weights,
-        "copy_bandwidth": bandwidth,
-        "copy_bandwidth_how": f"torch's copy_ of {_COPY_BYTES >> 20} MiB into memory that is there",
-        "share_of_roofline": (weights + read + written) / step / bandwidth,
+        "copy_bandwidth": bandwidth[0],
+        "copy_bandwidth_how": bandwidth[1],
+        "share_of_roofline": (weights + read + written) / step / bandwidth[0],
     }
 
 
@@ -222,20 +224,23 @@ def weight_bytes(model: LlamaForCausalLM) -> int:
     return total if model.config.tie_word_embeddings else total - model.get_input_embeddings().weight.nbytes
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second when an array that no processor cache holds is copied onto another one: the
-    best of some repeats."""
+def copy_bandwidth(device: torch.device) -> tuple[float, str]:
+    """Bytes read and written per second by a copy, the best of some, and how it was made: as `bench_cell` has it, but
+    by torch on a GPU."""
     import torch
 
+    if device.type == "cpu":
+        return cpu_copy_bandwidth()
     source = torch.rand(_COPY_BYTES // 4, device=device)
     target = torch.rand_like(source)
     seconds = []
-    for _ in range(1 + _COPY_REPEATS):
+    for _ in range(1 + COPIES):
         started = _now(device)
-        for _ in range(_COPIES):
+        for _ in range(_IN_A_ROW):
             target.copy_(source)
         seconds.append(_now(device) - started)
-    return 2 * _COPY_BYTES * _COPIES / min(seconds[1:])
+    how = f"torch's copy_ of {_COPY_BYTES >> 20} MiB into memory that is there"
+    return 2 * _COPY_BYTES * _IN_A_ROW / min(seconds[1:]), how
 
 
 def _sentence(error: RuntimeError, device: torch.device) -> str | None:
