@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -99,22 +100,30 @@ def prefill(
     prompts: Prompts,
     stops: jax.Array | np.ndarray,
 ) -> tuple[Loop, Chosen, Used]:
-    """The prompts' K,V in a cache, the first new token of each row, and the passes that the row took.
-
-    One group of rows after another, each straight into its place.
-    """
+    """The prompts' K,V in a cache, the first new token of each row, and the passes that the row took."""
     (B, T), plain = prompts.tokens_BT.shape, not np.asarray(prompts.padding_B).any()
     rows, chunk = tiles(config, B, T)
     group = partial(prefill_group, weights, config, specs, passes, sampling, chunk, plain)
-    if rows == B:
-        return group(prompts, stops)
+    return by_groups(B, rows, lambda some: group(_some(prompts, some), stops))
+
+
+Rows = TypeVar("Rows")  # arrays whose first axis is that of rows, and scalars
+
+
+def by_groups(batch: int, rows: int, run: Callable[[slice], Rows]) -> Rows:
+    """What `run` gives for all of the batch: one group of `rows` rows after another, each straight into its place.
+
+    All groups are of one size, so that the last may do rows again.
+    """
+    if rows == batch:
+        return run(slice(0, batch))
     whole = None
-    for start in range(0, B, rows):
-        first = min(start, B - rows)  # all groups are of one size
-        part = group(_some(prompts, slice(first, first + rows)), stops)
-        whole = place(room(part, B) if whole is None else whole, part, first)
+    for start in range(0, batch, rows):
+        first = min(start, batch - rows)
+        part = run(slice(first, first + rows))
+        whole = place(room(part, batch) if whole is None else whole, part, first)
         del part  # not there beside the next one
-    assert whole is not None, "there are prompts"
+    assert whole is not None, "there are rows"
     return whole
 
 
@@ -167,17 +176,14 @@ def fill_cache(
     return fill(specs, done.kvs, padding_B, done.masses), done
 
 
-Filled = tuple[Loop, Chosen, Used]
-
-
 @partial(jax.jit, static_argnames="batch")
-def room(part: Filled, batch: int) -> Filled:
+def room(part: Rows, batch: int) -> Rows:
     """Arrays for `batch` rows of what `part` is for some."""
     return jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype) if x.ndim else x, part)
 
 
 @partial(jax.jit, donate_argnames="whole")
-def place(whole: Filled, part: Filled, start: jax.Array) -> Filled:
+def place(whole: Rows, part: Rows, start: jax.Array | int) -> Rows:
     """`whole` with `part` in the rows from `start` on."""
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.decode.cache import Cache, bytes_held, empty
-from lckv_jax.decode.loop import fill_cache, tiles, unstack, with_room
+from lckv_jax.decode.loop import by_groups, fill_cache, tiles, unstack, with_room
 from lckv_jax.decode.spec import CacheSpec, SlotSpec, slot_specs
 from lckv_jax.decode.step import Weights, decode_step
 from lckv_jax.errors import UserError
@@ -141,16 +141,24 @@ def _room(columns: int, total: int) -> int:
     return padded_length(min(max(columns, _LEAST_CELLS), total))
 
 
-@partial(jax.jit, static_argnames=("config", "specs", "passes"))
 def _after_prompt(
+    weights: Weights, config: ModelConfig, specs: tuple[SlotSpec, ...], passes: Passes, tokens_BT: np.ndarray
+) -> Cache:
+    """The cache after prompts of one length, as `generate` fills it."""
+    rows, chunk = tiles(config, *tokens_BT.shape)
+    return by_groups(len(tokens_BT), rows, lambda some: _fill(weights, config, specs, passes, chunk, tokens_BT[some]))
+
+
+@partial(jax.jit, static_argnames=("config", "specs", "passes", "chunk"))
+def _fill(
     weights: Weights,
     config: ModelConfig,
     specs: tuple[SlotSpec, ...],
     passes: Passes,
+    chunk: int,
     tokens_BT: jax.Array,
 ) -> Cache:
-    """The cache after prompts of one length, as `generate` fills it."""
-    no_padding_B, chunk = jnp.zeros(tokens_BT.shape[0], jnp.int32), tiles(config, *tokens_BT.shape).chunk
+    no_padding_B = jnp.zeros(tokens_BT.shape[0], jnp.int32)
     return fill_cache(weights, config, specs, passes, tokens_BT, no_padding_B, chunk=chunk, plain=True)[0]
 
 
