@@ -14,6 +14,7 @@ from lckv_jax.config import load_config
 from lckv_jax.errors import Stopped, UserError
 
 PROGRAM = "python -m lckv_jax"
+_INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print("stopped; nothing that was saved is lost: run the same command again", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 42
@@ -249,5 +250,15 @@ def _parser(name: str, command: _Command) -> _Parser:
     return parser
 
 
+def _leave(code: int) -> NoReturn:
+    """Ends the process. After Ctrl-C without the interpreter's own end, which crashes while XLA still compiles or
+    computes in other threads; everything is saved by then."""
+    if code == _INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lckv_jax import checkpoint
 from lckv_jax.__main__ import main
 from lckv_jax.decode import generate as module
+from lckv_jax.decode import prompts as command
 from lckv_jax.decode.generate import generate
 from lckv_jax.decode.prompts import _read_prompts
 
@@ -89,6 +91,7 @@ def test_only_line_feeds_end_lines(tmp_path, name):
         (["prompt=a", "max_new_tokens=null"], "grows without end"),
         (["prompt=a", "temperature=1"], "temperature"),
         (["prompt=a", "sampling.temperature=-1"], "sampling.temperature"),
+        (["prompt=a", "cache=kivi(2,7,14)"], "groups of 7 channels"),
         (["file=absent.jsonl"], "absent.jsonl: cannot be read"),
     ],
 )
@@ -97,6 +100,28 @@ def test_mistakes_are_one_sentence(run, capsys, monkeypatch, tmp_path, settings,
     assert main(["generate", str(run), *settings]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err
+    assert not captured.out  # the prompt is not shown first
+
+
+@pytest.mark.parametrize("way", ["prompt", "file"])
+def test_a_prompt_longer_than_rows_of_the_training_is_told(run, tmp_path, capsys, way):
+    (tmp_path / "in.txt").write_text("import os\n" + "a = 1; " * 60)
+    settings = [f"file={tmp_path / 'in.txt'}"] if way == "file" else ["prompt=" + "a = 1; " * 60]
+    assert main(["generate", str(run), *settings, "max_new_tokens=2", "passes=trained"]) == 0
+    assert re.search(r"note: a prompt of \d+ tokens, but rows of the training had \d+;", capsys.readouterr().err)
+    assert main(["generate", str(run), "prompt=a", "max_new_tokens=2"]) == 0
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_it_streams_ends_the_line(run, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        yield [5]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "stream", interrupted)
+    assert main(["generate", str(run), "prompt=import os"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.startswith("import os") and captured.out.endswith("\n") and captured.err.startswith("stopped;")
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,20 @@ def stream(
 
     max_new_tokens: None = without end, which only a cache of constant size can do. Raises UserError for one that grows.
     """
-    spec = CacheSpec.parse(cache)
-    if max_new_tokens is None and any(grows(slot) for slot in slot_specs(config, spec, _ENDLESS)):
-        raise UserError(f"cache {spec} grows without end; give max_new_tokens, or a cache such as sinks(4,1020)")
+    spec = check_cache(config, cache, max_new_tokens)
     options = _Options(spec, passes, sampling, np.array(sorted(stop), np.int32))
     with memory_told(1):
         for piece in _pieces(params, config, [prompt], max_new_tokens, options, every):
             yield piece.chosen.token[piece.chosen.live].tolist()
+
+
+def check_cache(config: ModelConfig, cache: CacheSpec | str, max_new_tokens: int | None) -> CacheSpec:
+    """The cache that is meant. Raises UserError for one that the model cannot have, or that grows without end."""
+    spec = CacheSpec.parse(cache)
+    slots = slot_specs(config, spec, _ENDLESS)
+    if max_new_tokens is None and any(grows(slot) for slot in slots):
+        raise UserError(f"cache {spec} grows without end; give max_new_tokens, or a cache such as sinks(4,1020)")
+    return spec
 
 
 class _Options(NamedTuple):

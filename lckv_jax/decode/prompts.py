@@ -14,11 +14,13 @@ from pydantic import Field
 
 from lckv_jax.checkpoint import load
 from lckv_jax.config import read_overrides
-from lckv_jax.decode.generate import generate_rows, stream
+from lckv_jax.decode.generate import check_cache, generate_rows, stream
 from lckv_jax.decode.loop import unstack
 from lckv_jax.decode.sampling import Sampling
+from lckv_jax.decode.spec import CacheSpec
 from lckv_jax.decode.step import Weights
 from lckv_jax.errors import UserError
+from lckv_jax.model.refine import stop_rule
 from lckv_jax.model_config import Frozen, ModelConfig, Positive
 
 if TYPE_CHECKING:
@@ -64,17 +66,21 @@ def generate_text(checkpoint: str | Path, overrides: Sequence[str]) -> None:
         raise UserError("generate: prompt and file are both given; leave one out")
     if config.out is not None and config.file is None:
         raise UserError("generate: out is for the prompts of a file; give file, or redirect what is printed")
+    CacheSpec.parse(config.cache)  # a misspelt one is told before anything is loaded
     prompts = None if config.file is None else _read_prompts(Path(config.file).expanduser())
     params, run, tokenizer = load(checkpoint, report=partial(print, file=sys.stderr))
     if tokenizer is None:
         raise UserError(f"{checkpoint} has no tokenizer; put the one that it was trained with there")
+    check_cache(run.model, config.cache, config.max_new_tokens)
+    stop_rule(run.model, config.passes)
+    trained = max(run.data.seq_len, run.model.max_position_embeddings or 0)
     weights = unstack(params, run.model)
     del params  # the decoder has its own
     if prompts is not None:
-        _continue_all(weights, run.model, tokenizer, prompts, config)
+        _continue_all(weights, run.model, tokenizer, prompts, config, trained)
         return
     for prompt in [config.prompt] if config.prompt is not None else _typed():
-        _continue_one(weights, run.model, tokenizer, prompt, config)
+        _continue_one(weights, run.model, tokenizer, prompt, config, trained)
 
 
 def _verbatim(override: str) -> str:
@@ -92,11 +98,22 @@ def _typed() -> Iterator[str]:
             return
 
 
+def _tell_length(tokens: int, trained: int) -> None:
+    """Says that a prompt is longer than the rows of the training, `trained` tokens."""
+    if tokens > trained:
+        print(
+            f"note: a prompt of {tokens:,} tokens, but rows of the training had {trained:,}; it takes a while, less "
+            "with passes=trained",
+            file=sys.stderr,
+        )
+
+
 def _continue_one(
-    weights: Weights, model: ModelConfig, tokenizer: Tokenizer, prompt: str, config: GenerateConfig
+    weights: Weights, model: ModelConfig, tokenizer: Tokenizer, prompt: str, config: GenerateConfig, trained: int
 ) -> None:
     """Prints the prompt and its continuation as it comes; a character only when all of its bytes are there."""
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    _tell_length(len(ids), trained)
     pieces = stream(
         weights,
         model,
@@ -109,40 +126,46 @@ def _continue_one(
     )
     print(prompt, end="", flush=True)
     start, told = 0, len(ids)  # of what is decoded again, for a piece of a word has no text of its own; of what is new
-    for piece in pieces:
-        ids += piece
-        before, text = tokenizer.decode(ids[start:told]), tokenizer.decode(ids[start:])
-        if not text.endswith("\ufffd"):  # the first bytes of a character
-            print(text[len(before) :], end="", flush=True)
-            start, told = told, len(ids)
+    try:
+        for piece in pieces:
+            ids += piece
+            before, text = tokenizer.decode(ids[start:told]), tokenizer.decode(ids[start:])
+            if not text.endswith("\ufffd"):  # the first bytes of a character
+                print(text[len(before) :], end="", flush=True)
+                start, told = told, len(ids)
+    except KeyboardInterrupt:
+        print(flush=True)  # what is said of it begins a line
+        raise
     print(tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:told])) :])
 
 
 def _continue_all(
-    weights: Weights, model: ModelConfig, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig
+    weights: Weights, model: ModelConfig, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig, trained: int
 ) -> None:
     if config.max_new_tokens is None:
         raise UserError("generate: max_new_tokens=null is for a single prompt; give a number for a file")
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts]
+    _tell_length(max(map(len, ids)), trained)
     lines = []
     for first in range(0, len(prompts), config.batch_size):
-        texts = prompts[first : first + config.batch_size]
+        batch = slice(first, first + config.batch_size)
         sampling = config.sampling
         if sampling is not None:  # seeds go round, as in `row_keys`
             sampling = sampling.model_copy(update={"seed": (sampling.seed + first) % 2**32})
         rows = generate_rows(
             weights,
             model,
-            [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts],
+            ids[batch],
             config.max_new_tokens,
             cache=config.cache,
             passes=config.passes,
             sampling=sampling,
             stop=[tokenizer.eos_id],
         )
-        for text, row in zip(texts, rows):
+        for text, row in zip(prompts[batch], rows):
             told = {"prompt": text, "text": tokenizer.decode(row.tokens), "tokens": row.tokens}
             lines.append(json.dumps(told | {"logprobs": [round(x, 6) for x in row.logprobs]}, ensure_ascii=False))
-        print(f"{first + len(texts)} of {len(prompts)} prompts", file=sys.stderr)
+        print(f"{first + len(rows)} of {len(prompts)} prompts", file=sys.stderr)
     if config.out is None:
         print("\n".join(lines))
     else:

@@ -15,7 +15,9 @@ class Sampling(Frozen):
     repetition_penalty: float = Field(
         default=1.0, gt=0.0, description="logits of tokens seen so far are divided by it (multiplied where negative)"
     )
-    temperature: float = Field(default=1.0, gt=0.0, description="divides the logits; smaller = more certain")
+    temperature: float = Field(
+        default=1.0, ge=0.0, description="divides the logits; smaller = more certain, 0 = always the likeliest"
+    )
     top_k: Positive | None = Field(default=None, description="draw from the k likeliest tokens only")
     top_p: float = Field(
         default=1.0, gt=0.0, le=1.0, description="draw from the fewest likeliest tokens that have this probability"
@@ -41,11 +43,11 @@ def penalised(sampling: Sampling | None, logits_BV: jax.Array, seen_BV: jax.Arra
 
 
 def choose(sampling: Sampling | None, logits_BV: jax.Array, keys_B: jax.Array, pos_B: jax.Array) -> jax.Array:
-    """The next token of each row, int32 [B]: the likeliest if `sampling` is None, else drawn.
+    """The next token of each row, int32 [B]: the likeliest if `sampling` is None or its temperature 0, else drawn.
 
     keys_B: as from `row_keys`. pos_B: of the tokens to draw; a row draws the same whatever its batch mates.
     """
-    if sampling is None:
+    if sampling is None or sampling.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits = _limited(sampling, logits_BV / sampling.temperature)
     draw = jax.vmap(lambda key, pos, row: jax.random.categorical(jax.random.fold_in(key, pos), row))

@@ -80,6 +80,14 @@ class CacheSpec:
         return texts[0] if self.codec == "raw" else "+".join(texts)
 
 
+def cache_texts(value: Any) -> tuple[str, ...]:
+    """The texts of caches in a setting, each once: one or a list, also where YAML has split the list at the commas
+    inside their parentheses. Raises UserError."""
+    joined = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    texts = re.split(r",(?![^(]*\))", joined)
+    return tuple(dict.fromkeys(str(CacheSpec.parse(text)) for text in texts))
+
+
 def _call(spec: str, text: str, kind: str, known: dict[str, tuple[str, ...]]) -> tuple[str, dict[str, Any]]:
     """The name and the arguments of a text such as sinks(4,1020)."""
     match = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from lckv_jax.checkpoint import load
 from lckv_jax.config import ModelConfig, Sources, read_overrides
-from lckv_jax.decode.spec import CacheSpec
+from lckv_jax.decode.spec import CacheSpec, cache_texts
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.cache_quality import CacheReport, cache_table, measure_caches, perplexity_of
 from lckv_jax.evaluate.decode_path import Prompt, check_spec, decode_lists
@@ -105,13 +104,6 @@ def _as_passes(value: Any) -> Any:
     return values
 
 
-def _as_caches(value: Any) -> Any:
-    """Texts of caches, also where YAML has split a list of them at the commas inside their parentheses."""
-    joined = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    texts = re.split(r",(?![^(]*\))", joined)
-    return tuple(dict.fromkeys(str(CacheSpec.parse(text)) for text in texts))
-
-
 class EvaluateConfig(Frozen):
     """What `evaluate` reads and how; everything else comes from the checkpoint."""
 
@@ -129,7 +121,7 @@ class EvaluateConfig(Frozen):
         description="documents of a row: `masked` never see each other, `joined` are one text; null = data.packing of "
         "the run",
     )
-    cache: Annotated[tuple[str, ...], BeforeValidator(_as_caches)] = Field(
+    cache: Annotated[tuple[str, ...], BeforeValidator(cache_texts)] = Field(
         default=(),
         description="predict token by token on these caches instead, such as full or [full,sinks(4,60)+int8]; one "
         "report each",
