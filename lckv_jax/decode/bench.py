@@ -172,15 +172,15 @@ def _check_machine(config: BenchConfig, machine: dict[str, Any], records: dict[s
 
 
 def _tell_load(say: Callable[[str], None]) -> None:
-    """Warns where others compute too: times would be theirs as well, and are kept."""
+    """Warns where the processor is busy already."""
     try:
         load = os.getloadavg()[0]
     except (AttributeError, OSError):
         return  # a platform that does not know
     if load > _BUSY * cores():
         say(
-            f"other programs use this machine (load {load:.1f} on {cores()} cores in the last minute): times will be "
-            "too long; cells that are measured now are kept, so run it alone"
+            f"other programs use this machine (load {load:.1f} on {cores()} cores): times will be too long, and cells "
+            "measured now are kept, so run it alone"
         )
 
 
