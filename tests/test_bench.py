@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lckv_jax.__main__ import main
 from lckv_jax.config import build_config
@@ -354,6 +355,7 @@ def processes(monkeypatch):
 
     monkeypatch.setattr(bench, "_run", run)
     monkeypatch.setattr(bench, "_machine", lambda: {"device": "a machine", "platform": "cpu", "memory_bytes": 10**10})
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     return ran
 
 
@@ -406,7 +408,7 @@ def test_the_table_compares_with_standard_at_equal_and_at_best_batch(config, pro
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 120
     assert sum("decode x" in line for line in lines) == 2
     assert any(re.match(r"mine +1  decode x2.00, all x2.00", line) for line in lines), lines
-    best = r"mine +best  decode x1.50 \(batch 24 to 8\), all x1.50 \(batch 24 to 8\)"
+    best = r"mine +best  decode x1.50 \(batches 24 and 8\), all x1.50 \(batches 24 and 8\): each at its best batch$"
     assert any(re.match(best, line) for line in lines), lines
     assert any("in 0.0005 GB (the cap)" in line for line in lines)
     assert any(line.startswith("mine") and "24*" in line for line in lines)
@@ -430,13 +432,18 @@ def test_the_best_batch_is_that_of_each_rate_and_not_known_where_the_largest_fai
     few, many = record_of({"identity": mine}, 10.0), record_of({"identity": mine | {"batch": 64}}, 40.0)
     few["results"]["tokens_per_s"] = 30.0  # prompts cost more and more
     records = [record_of({"identity": standard | {"model": "standard"}}, 20.0), few, many]
-    best = "best  decode x2.00 (batch 64 to 2), all x3.00 (batch 2 to 2)"
+    best = "best  decode x2.00 (batches 64 and 2), all x3.00 (batches 2 and 2): each at its best batch"
     assert best in "\n".join(table(records))
     lost = record_of({"identity": standard | {"model": "standard", "batch": 10**6}})
     lost |= {"results": None, "error": "does not fit: so it is"}
     assert best in "\n".join(table([*records, lost])), "too many rows are slow enough"
     lost["identity"]["batch"] = "largest"
     assert "best  not known, as a cell failed" in "\n".join(table([*records, lost]))
+
+
+def test_a_table_without_numbers_has_no_legend():
+    lost = record_of({"identity": cell().identity.model_dump()}) | {"results": None, "error": "does not fit: so it is"}
+    assert list(table([lost]))[-1].endswith("does not fit: so it is")
 
 
 def test_the_table_says_which_code_gave_the_numbers_and_what_a_peak_is():
@@ -522,15 +529,28 @@ def test_passes_matter_to_cyclic_maps_only_and_peers_to_the_standard_map(config)
         ("batchs=[1]", ["batchs", "did you mean 'batches'"]),
         ("maps={standard: standard, mine: lkcv}", ["maps: mine: 'lkcv' is", "lckv?"]),
         ("maps={mine: 0_9}", ["maps: mine", "layer 1 reads layer 9"]),
-        ("maps={}", ["maps"]),
-        ("caches=[full, ful]", ["caches", "'ful'", "did you mean full"]),
+        ("maps={}", ["maps: each map has a name, as in maps.yoco=yoco"]),
+        ("maps=yoco", ["maps: each map has a name", "{standard: standard, yoco: yoco}", "got 'yoco'"]),
+        ("maps=[yoco]", ["maps: each map has a name", "got ['yoco']"]),
+        ("caches=[full, ful]", ["caches: there is no policy 'ful'", "did you mean full"]),
         ('caches=["kivi(2,3,6)"]', ["groups of 3", "head_dim is 8"]),
         ('caches=["budget(8,8,snapkv)"]', ["no more cells than recent tokens"]),
         ("model.dtype=float64", ["JAX_ENABLE_X64=1"]),
-        ("lengths=[[6, 1]]", ["lengths", "2"]),
-        ("lengths=[6, 7]", ["lengths"]),
-        ("batches=[1, most]", ["batches"]),
-        ("batches=[0]", ["batches"]),
+        *(
+            (f"lengths={given}", ["lengths: each is [prompt, new tokens]", "at least 2 new", "=[[64,64]], got " + got])
+            for given, got in {
+                "[[6, 1]]": "[6, 1]",
+                "[[0, 6]]": "[0, 6]",
+                "[6, 7]": "6",
+                "[[16]]": "[16]",
+                "16": "16",
+                "[[6, few]]": "[6, 'few']",
+            }.items()
+        ),
+        *(
+            (f"batches={given}", ["batches: a batch is a positive number of rows or `largest`", f"got {got}\n"])
+            for given, got in {"[1, most]": "'most'", "[0]": "0", "[-1]": "-1", "1.5": "1.5", "true": "True"}.items()
+        ),
         ("repeats=3", ["repeats", "5"]),
         ("passes=exactly", ["passes", "did you mean 'exact'"]),
         ("model.sharing=standard", ["model", "maps"]),
@@ -546,6 +566,36 @@ def test_a_wrong_setting_is_one_sentence_before_any_cell(config, processes, caps
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
     assert processes.keys == []
+
+
+def test_a_config_of_train_is_told_apart(processes, capsys):
+    assert main(["bench", str(ROOT / "configs" / "quickstart.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "no config of bench but one of train" in error and "configs/bench/" in error and error.count("\n") == 1
+    assert processes.keys == []
+
+
+@pytest.mark.parametrize(("load", "warned"), [(1.1, True), (0.9, False), (None, False)])
+def test_a_busy_machine_is_told_before_the_first_cell(config, processes, capsys, monkeypatch, load, warned):
+    monkeypatch.setattr(bench, "cores", lambda: 2)
+    if load is None:
+        monkeypatch.delattr(os, "getloadavg")
+    else:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    assert main(["bench", str(config), "batches=1"]) == 0
+    said = capsys.readouterr().out
+    warning = "other programs use this machine (load 1.1 on 2 cores"
+    assert (warning in said) == warned and ("other programs" in said) == warned
+    assert not warned or said.index(warning) < said.index("[1/4]")
+    assert main(["bench", str(config), "batches=1"]) == 0
+    assert "other programs" not in capsys.readouterr().out, "nothing is left to measure"
+
+
+def test_the_time_left_is_told_in_seconds_where_it_is_short(capsys, monkeypatch):
+    clock = iter([0.0, 0.0, 200.0, 230.0])
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    list(bench._told(["a--0", "b--0", "c--0"], Console()))
+    assert capsys.readouterr().out.splitlines() == ["[1/3] a", "[2/3, about 7 min left] b", "[3/3, about 115 s left] c"]
 
 
 def test_peers_need_their_libraries(config, processes, capsys, monkeypatch):
@@ -668,3 +718,8 @@ def test_presets_have_the_promised_sizes():
     assert {name for name, _ in counted} == {"50m", "1b", "7b", "30b"}
     assert counted["7b", "standard"] == 6_738_415_616 and counted["1b", "lckv-w2"] == 1_080_125_440
     assert counted["30b", "standard"] == 32_528_943_616 and counted["50m", "lckv-w2"] == 50_340_352
+
+
+def test_caches_are_a_list_although_they_have_commas(config):
+    wanted = bench.load_bench_config(config, ["caches=[sinks(2,4)+int8,full,window(3)]"])
+    assert wanted.caches == ("sinks(2,4)+int8", "full", "window(3)")

@@ -84,7 +84,7 @@ def test_throughput_has_a_line_for_each_map_and_decoder():
         assert (batch, rate) == (8, GRID[-2]["results"][key])
         assert texts(axes) == ["100", "700"]  # the stars
         assert axes.get_xscale() == "log"
-    title = figure.get_suptitle()
+    title = " ".join(figure.get_suptitle().split())
     assert "NVIDIA H200" in title and "random weights" in title and "512+512 tokens" in title
     assert "emulated" not in title
 
@@ -107,9 +107,46 @@ def test_roofline_with_the_lines_that_tell_good_from_bad():
     assert points(axes, "lckv") == expected("lckv", "share_of_roofline")
     flat = sorted(y[0] for drawn in axes.get_lines() if len(set(y := drawn.get_ydata())) == 1 and len(y) == 2)
     assert flat == [0.6, 1.0]
+    assert line(axes, "60 %: a good share").get_ydata()[0] == 0.6
+    assert any(text.get_text().startswith("60 %") for text in axes.figure.legends[0].get_texts())
     assert axes.get_ylim()[1] > 1.2  # the largest share, 0.5 + 0.7, is inside
     unknown = [without(GRID[0], "share_of_roofline"), without(GRID[1], "share_of_roofline")]
     assert list(figures(unknown)) == ["throughput-512+512"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "rates"),
+    [((1, 2), (90.0, 130.0)), ((9, 11), (95.0, 115.0)), ((1, 700), (100.0, 80_000.0)), ((2, 9), (0.4, 0.9))],
+)
+def test_axes_have_numbers_enough_to_read_values_off(batches, rates):
+    """However near or far the values are."""
+    records = [record(batch=batch) for batch in batches]
+    for given, rate in zip(records, rates):
+        given["results"] |= {"tokens_per_s": rate, "decode_tokens_per_s": rate}
+    figure = figures(records)["throughput-512+512"]
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for axis, limits, least in ((axes.xaxis, axes.get_xlim(), 2), (axes.yaxis, axes.get_ylim(), 3)):
+            shown = [
+                (at, label.get_text())
+                for at, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels())
+                if limits[0] <= at <= limits[1]
+            ]
+            assert least <= len(shown) <= 12, shown
+            assert [float(text.replace(",", "")) for _, text in shown] == [pytest.approx(at) for at, _ in shown]
+
+
+def test_titles_and_legends_are_inside_the_picture():
+    records = [record(batch=batch, cache="sinks(4,1020)+int8", memory_cap_bytes=24_000_000_000) for batch in (1, 8)]
+    records += [record("lckv", 900, largest=True, cache="sinks(4,1020)+int8", memory_cap_bytes=24_000_000_000)]
+    for one in records:
+        one["facts"]["device"] = "Intel(R) Xeon(R) Processor @ 2.10GHz with a rather long name, 2 cores"
+    for name, figure in figures(records).items():
+        figure.draw_without_rendering()
+        for shown in (figure._suptitle, *figure.legends):
+            box = shown.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width, name
+            assert box.y0 >= 0 and box.y1 <= figure.bbox.height, name
 
 
 def without(given, key):

@@ -13,132 +13,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, field_validator, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lckv_jax.config import build_config
-from lckv_jax.config_text import apply_override, read_yaml
-from lckv_jax.decode.bench_record import PEERS, Cell, Decoder, Identity, write_json
+from lckv_jax.decode.bench_config import BenchConfig, load_bench_config
+from lckv_jax.decode.bench_record import PEERS, Cell, Decoder, Identity, cores, write_json
 from lckv_jax.decode.bench_table import one_line, table
-from lckv_jax.decode.spec import CacheSpec, slot_specs
 from lckv_jax.errors import Stopped, UserError
-from lckv_jax.model.refine import stop_rule
 from lckv_jax.model.transformer import check_dtype
-from lckv_jax.model_config import Frozen, ModelConfig, Positive
 from lckv_jax.sharing import KVSharing
 
 _MEMORY_SHARE = 0.92  # of an accelerator, unless the environment says another one
 _FRACTION, _OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _PATIENCE = 10.0  # seconds for a stopped process to end
-
-
-def _listed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value if isinstance(value, tuple) else (value,)
-
-
-def _pairs(value: Any) -> Any:
-    return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in _listed(value))
-
-
-def _texts(maps: dict[str, Any]) -> dict[str, str]:
-    return {name: str(sharing) for name, sharing in maps.items()}
-
-
-class BenchConfig(Frozen):
-    """What is measured, and where the results go."""
-
-    out: str = Field(description="folder of the results: one JSON for each cell, results.json, plots")
-    model: ModelConfig = Field(description="sizes; its weights are random, and `maps` says who shares keys and values")
-    maps: Annotated[dict[str, Any], PlainSerializer(_texts)] = Field(
-        min_length=1, description="name: sharing map or family; one that is `standard` is what others are compared with"
-    )
-    caches: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        default=("full",), description="what the cache keeps, such as full or sinks(4,1020)+int8 (see docs/generate.md)"
-    )
-    lengths: Annotated[
-        tuple[tuple[Positive, Annotated[int, Field(ge=2)]], ...], BeforeValidator(_pairs), Field(min_length=1)
-    ] = Field(description="[[prompt, new], ...]: tokens of each row's prompt, and new ones, at least 2")
-    batches: Annotated[tuple[Positive | Literal["largest"], ...], BeforeValidator(_listed), Field(min_length=1)] = (
-        Field(default=(1, 8, "largest"), description="rows; `largest` = as many as the memory holds")
-    )
-    passes: Annotated[tuple[str | float, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        default=("trained",), description="of prompts over cyclic spans: trained, exact or a tolerance such as 1e-2"
-    )
-    repeats: int = Field(default=5, ge=5, description="generations that are timed, after two that are not")
-    bucket: Positive | None = Field(
-        default=None,
-        description="columns by which a cache grows, each a program: small ones read less and compile longer; null = "
-        "an eighth of prompt and new tokens, in multiples of 256",
-    )
-    sample: Positive | None = Field(
-        default=None,
-        description="decode steps run with a cache of one size, whose time stands for all steps with it; null = all",
-    )
-    memory_gb: float | None = Field(
-        default=None, gt=0.0, description="memory in 1e9 bytes that may be used, to stand for a smaller card"
-    )
-    peers: bool = Field(default=False, description="also measure transformers, with the standard map and a full cache")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of weights and prompts")
-
-    @field_validator("model")
-    @classmethod
-    def _check_model(cls, model: ModelConfig) -> ModelConfig:
-        if "sharing" in model.model_fields_set:
-            raise ValueError("sharing is what `maps` is for, as in maps: {standard: standard, mine: lckv(warmup=2)}")
-        return model
-
-    @field_validator("maps")
-    @classmethod
-    def _parse_maps(cls, maps: dict[str, Any], info: ValidationInfo) -> dict[str, KVSharing]:
-        if "model" not in info.data:
-            raise ValueError("cannot be read before model is right")
-        parsed = {}
-        for name, spec in maps.items():
-            try:
-                parsed[name] = KVSharing.parse(spec, info.data["model"].num_layers)
-            except UserError as error:
-                raise ValueError(f"{name}: {str(error).removeprefix('sharing: ')}") from error
-        return parsed
-
-    @field_validator("caches")
-    @classmethod
-    def _parse_caches(cls, caches: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(CacheSpec.parse(cache)) for cache in caches)
-
-    @model_validator(mode="after")
-    def _check(self) -> BenchConfig:
-        for passes in self.passes:
-            stop_rule(self.model, passes)  # pyright: ignore[reportArgumentType]
-        for sharing, cache, (prompt, new) in itertools.product(self.maps.values(), self.caches, self.lengths):
-            model = self.model.model_copy(update={"sharing": sharing})
-            slot_specs(model, CacheSpec.parse(cache), prompt + new, prompt=prompt)
-        if "://" in self.out:
-            raise ValueError(f"out={self.out} is a bucket; give a local or mounted folder")
-        return self
-
-
-def load_bench_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchConfig:
-    """The configuration in the YAML file `path`, changed by overrides such as `batches=[1,8]`.
-
-    Raises UserError with one sentence: which file, which key, what is wrong and the mend.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path}: cannot be read as a config: {reason}") from error
-    tree = read_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a YAML mapping with the keys {', '.join(BenchConfig.model_fields)}")
-    for override in overrides:
-        apply_override(tree, override)
-    return build_config(BenchConfig, tree, str(path))
+_BUSY = 0.5  # load of a core by others, above which times are doubtful
 
 
 def cells(config: BenchConfig) -> dict[str, Cell]:
@@ -214,6 +107,7 @@ def bench(path: str | Path, overrides: Sequence[str] = ()) -> None:
     todo = [key for key in wanted if key not in records]
     say(f"{config.out}: {len(wanted)} cells, {len(records)} of them done; random weights, {config.model.dtype}")
     if todo:
+        _tell_load(say)
         machine = _machine()
         _check_machine(config, machine, records)
         say(f"{machine['device']}, {machine['memory_bytes'] / 1e9:.1f} GB")
@@ -277,6 +171,19 @@ def _check_machine(config: BenchConfig, machine: dict[str, Any], records: dict[s
             )
 
 
+def _tell_load(say: Callable[[str], None]) -> None:
+    """Warns where the processor is busy already."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return  # a platform that does not know
+    if load > _BUSY * cores():
+        say(
+            f"other programs use this machine (load {load:.1f} on {cores()} cores): times will be too long, and cells "
+            "measured now are kept, so run it alone"
+        )
+
+
 def _write_results(folder: Path, config: BenchConfig, records: list[dict[str, Any]]) -> None:
     settings = json.loads(config.model_dump_json(exclude={"model": {"sharing"}}))
     write_json(folder / "results.json", {"config": settings, "cells": records})
@@ -297,12 +204,16 @@ def _told(keys: list[str], console: Console) -> Iterator[str]:
         task = bar.add_task("", total=len(keys))
         for number, key in enumerate(keys):
             name = key.rpartition("--")[0]
-            minutes = (time.monotonic() - started) / 60
-            left = f", about {minutes / number * (len(keys) - number):.0f} min left" if number else ""
+            seconds = time.monotonic() - started
+            left = f", about {_duration(seconds / number * (len(keys) - number))} left" if number else ""
             if not console.is_terminal:
                 console.print(f"[{number + 1}/{len(keys)}{left}] {name}", markup=False, highlight=False, soft_wrap=True)
             bar.update(task, completed=number, description=name + left)
             yield key
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 @contextlib.contextmanager

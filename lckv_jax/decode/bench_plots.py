@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -13,12 +14,15 @@ from lckv_jax.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]  # of a cell: identity, facts, results or None, error or None
 Key = TypeVar("Key")
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GOOD = 0.6  # of the roofline, in plots
+_TITLE_LETTERS = 11.5  # for each inch
 _OURS, _BAR, _EDGE = "lckv_jax", "#2d6aa8", "#3b4250"
 _RATES = {"tokens_per_s": "new tokens/s, prompt included", "decode_tokens_per_s": "decode tokens/s"}
 
@@ -138,7 +142,8 @@ def _panels(number: int, title: str, height: float = 3.9) -> tuple[Figure, list[
     axes = list(figure.subplots(1, number, squeeze=False)[0])
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize="medium", wrap=True)
+    lines = textwrap.wrap(title, round(_TITLE_LETTERS * figure.get_figwidth()), break_on_hyphens=False)
+    figure.suptitle("\n".join(lines), fontsize="medium")
     return figure, axes
 
 
@@ -165,8 +170,6 @@ def _batch(record: Record) -> int:
 
 def _over_batch(axes: Axes, records: Sequence[Record], value: Callable[[Record], float | None]) -> None:
     """One line for each map and decoder; a star where the batch is the largest that fits."""
-    from matplotlib.ticker import FuncFormatter
-
     for name, points, style in _curves(records):
         known = [(_batch(r), y, r["results"]["largest"]) for r in points if (y := value(r)) is not None]
         axes.plot([x for x, _, _ in known], [y for _, y, _ in known], label=name, **style)
@@ -179,21 +182,27 @@ def _over_batch(axes: Axes, records: Sequence[Record], value: Callable[[Record],
     if any(record["results"]["largest"] for record in records):
         axes.plot([], [], "*", color="0.4", ms=11, label="largest batch that fits")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    _log_ticks(axes.xaxis, axes.get_xlim(), base=2, subs=(1,), whole=True)
     axes.set_xlabel("batch (rows)")
 
 
-def _draw_throughput(records: Sequence[Record], title: str) -> Figure:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+def _log_ticks(axis: Axis, limits: tuple[float, float], *, base: int, subs: tuple[int, ...], whole: bool) -> None:
+    """Plain numbers, several of them however near the limits are. whole: of something that is counted."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+    wide = limits[1] > 8 * limits[0]
+    axis.set_major_locator(LogLocator(base, subs) if wide else MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+
+
+def _draw_throughput(records: Sequence[Record], title: str) -> Figure:
     figure, panels = _panels(2, title)
     for axes, (key, label) in zip(panels, _RATES.items()):
         _over_batch(axes, records, lambda record, key=key: record["results"][key])
         axes.set_ylabel(label)
         axes.set_yscale("log")  # as the batch: equal ratios are equal distances
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        _log_ticks(axes.yaxis, axes.get_ylim(), base=10, subs=(1, 2, 5), whole=False)
     _legend(figure, panels[0])
     return figure
 
@@ -202,9 +211,9 @@ def _draw_roofline(records: Sequence[Record], title: str) -> Figure:
     from matplotlib.ticker import PercentFormatter
 
     figure, [axes] = _panels(1, title)
-    for share in (0.6, 1.0):
-        axes.axhline(share, color="0.6", lw=1, ls=(0, (4, 2)), zorder=0)
     _over_batch(axes, records, lambda record: record["results"]["share_of_roofline"])
+    axes.axhline(1.0, color="0.6", lw=1, zorder=0, label="100 %: all of the copy bandwidth")
+    axes.axhline(_GOOD, color="0.6", lw=1, ls=(0, (4, 2)), zorder=0, label=f"{100 * _GOOD:.0f} %: a good share")
     axes.set_ylim(0, max(1.05, 1.05 * axes.dataLim.ymax))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("share of the roofline of a decode step")

@@ -67,6 +67,8 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         for record in group_records:
             yield f"{_name(record):<{width}}" + _row(record)
         yield from _ratios(group_records, width)
+    if not any(record["results"] for record in records):
+        return  # nothing to explain
     yield ""
     yield from _LEGEND
     yield from _code(records)
@@ -161,7 +163,8 @@ def _ratios(records: Sequence[Record], width: int) -> Iterator[str]:
         if any(_is_baseline(record) or _name(record) == name for record in unknown):
             best = "not known, as a cell failed"
         else:
-            best = ", ".join(f"{word} {_best(rows, baseline, rate)}" for word, rate in _RATES.items())
+            ratios = (f"{word} {_best(rows, baseline, rate)}" for word, rate in _RATES.items())
+            best = f"{', '.join(ratios)}: each at its best batch"
         yield f"{name:<{width}}{'best':>{_COLUMNS['batch']}}  {best}"
 
 
@@ -174,7 +177,7 @@ def _is_unknown(record: Record) -> bool:
 def _best(rows: Sequence[Record], baseline: Sequence[Record], rate: str) -> str:
     """The ratio of the best of each, and their batches."""
     best, standard = (max(records, key=lambda record: record["results"][rate]) for records in (rows, baseline))
-    batches = f"batch {best['identity']['batch']} to {standard['identity']['batch']}"
+    batches = f"batches {best['identity']['batch']} and {standard['identity']['batch']}"
     return f"x{best['results'][rate] / standard['results'][rate]:.2f} ({batches})"
 
 
