@@ -247,7 +247,7 @@ def test_random_weights_are_those_of_a_fresh_model_in_shape_and_spread():
     assert np.all(np.asarray(weights.final_norm_D) == 1.0) and np.all(np.asarray(weights.layers[1]["mlp_norm"]) == 1.0)
     for x in jax.tree.leaves((weights.embed_VD, weights.head, weights.layers[1]["down"])):
         assert np.std(np.asarray(x, np.float32)) == pytest.approx(0.05, rel=0.2)
-    assert not np.array_equal(weights.layers[0]["gate"], weights.layers[1]["gate"])
+    assert not np.array_equal(*(layer["gate_up"].array for layer in weights.layers[:2]))
     assert not np.array_equal(weights.embed_VD, random_weights(config, 4).embed_VD)
 
 

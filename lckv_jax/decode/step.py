@@ -31,10 +31,11 @@ class Weights(NamedTuple):
 
 
 _INPUTS = {"wq": 1, "wo": 2, "wk": 1, "wv": 1, "gate": 1, "up": 1, "down": 1}  # axes of inputs, the first ones
+_JOINED = (("wk", "wv"), ("gate", "up"))  # matrices of the same input: one product instead of two
 
 
 def decode_weights(params: Params, config: ModelConfig) -> Weights:
-    """The parameters taken apart, matrices and biases cast to the compute dtype; norms stay as they are."""
+    """The parameters taken apart by layers, matrices and biases cast to the compute dtype; norms stay as they are."""
 
     def own(name: str, x: jax.Array) -> jax.Array | OutputsFirst:
         if name.endswith("norm"):
@@ -44,7 +45,12 @@ def decode_weights(params: Params, config: ModelConfig) -> Weights:
         return x if inputs is None else OutputsFirst(jnp.moveaxis(x, range(inputs), range(-inputs, 0)))
 
     def entry(group: Params, index: int) -> Params:
-        return {name: own(name, x[index]) for name, x in group.items()}
+        p: Params = {name: own(name, x[index]) for name, x in group.items()}
+        for first, second in _JOINED:
+            if first in p:
+                arrays = [p.pop(name).array for name in (first, second)]
+                p[f"{first}_{second}"] = OutputsFirst(jnp.concatenate(arrays))
+        return p
 
     layers = tuple(entry(params["layers"], layer) for layer in range(config.num_layers))
     kv = {owner: entry(params["kv"], slot) for slot, owner in enumerate(config.sharing.owners)}

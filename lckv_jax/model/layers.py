@@ -87,7 +87,7 @@ def project_kv(config: ModelConfig, p: Params, x_BTD: jax.Array, context: Contex
     p: attn_norm [D], wk and wv [D, K, H], and bk and bv [K, H] where the model has attention biases.
     """
     h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
-    k, v = product(h, p["wk"]), product(h, p["wv"])
+    k, v = products(h, p, "wk", "wv")
     if config.attention_bias:
         k, v = k + p["bk"][None, None], v + p["bv"][None, None]
     return KV(rotate(k, context.cos, context.sin), v)
@@ -110,6 +110,15 @@ def product(x: jax.Array, matrix: jax.Array | OutputsFirst, inputs: int = 1) -> 
         y = jax.lax.dot_general(w, x, ((tuple(range(w.ndim - inputs, w.ndim)), last), ((), ())))
         return jnp.moveaxis(y, (-2, -1), (0, 1))
     return jax.lax.dot_general(x, matrix, ((last, tuple(range(inputs))), ((), ())))
+
+
+def products(x: jax.Array, p: Params, first: str, second: str) -> tuple[jax.Array, jax.Array]:
+    """x times two matrices, in one product where p has them as one, outputs first, under the name FIRST_SECOND."""
+    joined = p.get(f"{first}_{second}")
+    if joined is None:
+        return product(x, p[first]), product(x, p[second])
+    one, other = jnp.split(product(x, joined), 2, axis=x.ndim - 1)
+    return one, other
 
 
 Read = Callable[[jax.Array], jax.Array]  # rotated queries [B, T, N, H] -> what they read, [B, T, N, H]
@@ -135,7 +144,7 @@ def attention(config: ModelConfig, p: Params, x_BTD: jax.Array, read: Read | Non
 def mlp(config: ModelConfig, p: Params, x_BTD: jax.Array) -> jax.Array:
     """The SwiGLU half of a layer (2002.05202), [B, T, D], without the residual."""
     h = rms_norm(x_BTD, p["mlp_norm"], config.norm_eps)
-    gate, up = product(h, p["gate"]), product(h, p["up"])
+    gate, up = products(h, p, "gate", "up")
     if config.mlp_bias:
         gate, up = gate + p["gate_bias"][None, None], up + p["up_bias"][None, None]
     out = product(jax.nn.silu(gate) * up, p["down"])
