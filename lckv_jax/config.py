@@ -254,6 +254,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError with one sentence: which file, which key, what is wrong and the mend.
     """
+    return build_config(RunConfig, read_tree(path, overrides, RunConfig), str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """The tree in the YAML file `path`, changed by overrides; not yet checked, but for being one of keys of `model`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -261,10 +266,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: cannot be read as a config: {reason}") from error
     tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a YAML mapping with the keys {', '.join(RunConfig.model_fields)}")
+        raise UserError(f"{path}: a config is a YAML mapping with the keys {', '.join(model.model_fields)}")
     for override in overrides:
         apply_override(tree, override)
-    return build_config(RunConfig, tree, str(path))
+    return tree
 
 
 def read_overrides(model: type[Model], overrides: Sequence[str], where: str) -> Model:

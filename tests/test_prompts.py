@@ -3,7 +3,11 @@
 import io
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +115,21 @@ def test_a_prompt_longer_than_rows_of_the_training_is_told(run, tmp_path, capsys
     assert re.search(r"note: a prompt of \d+ tokens, but rows of the training had \d+;", capsys.readouterr().err)
     assert main(["generate", str(run), "prompt=a", "max_new_tokens=2"]) == 0
     assert "note:" not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_it_compiles_ends_with_130(run):
+    """The interpreter's own end would crash beside threads of XLA."""
+    words = ["generate", str(run), "prompt=import os", "cache=sinks(4,60)", "max_new_tokens=null"]
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-m", "lckv_jax", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(len("import os"))  # the prompt is shown, and the first program is being compiled
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 130 and told.endswith(b"run the same command again\n")
 
 
 def test_ctrl_c_while_it_streams_ends_the_line(run, capsys, monkeypatch):

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, field_validator, model_validator
 
-from lckv_jax.config import build_config
-from lckv_jax.config_text import apply_override, read_yaml
+from lckv_jax.config import build_config, read_tree
 from lckv_jax.decode.spec import CacheSpec, cache_texts, slot_specs
 from lckv_jax.errors import UserError
 from lckv_jax.model.refine import stop_rule
@@ -141,19 +140,10 @@ def load_bench_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchC
 
     Raises UserError with one sentence: which file, which key, what is wrong and the mend.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path}: cannot be read as a config: {reason}") from error
-    tree = read_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a YAML mapping with the keys {', '.join(BenchConfig.model_fields)}")
+    tree = read_tree(path, overrides, BenchConfig)
     if "train" in tree and "maps" not in tree:
         raise UserError(
             f"{path}: is no config of bench but one of train; give one with maps and lengths, such as "
             "those in configs/bench/"
         )
-    for override in overrides:
-        apply_override(tree, override)
     return build_config(BenchConfig, tree, str(path))
