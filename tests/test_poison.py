@@ -141,11 +141,11 @@ def test_cells_without_a_token_are_finite(text):
 def test_a_prompt_leaves_nothing_behind_for_the_next(cache):
     config, params = model()
     generate = partial(generate_rows, params, config, max_new_tokens=12, cache=cache)
-    programs.prefill.clear_cache()
+    programs.prefill_group.clear_cache()
     programs.decode.clear_cache()
     long, short = generate([list(range(15))]), generate([[5, 7]])
-    assert programs.prefill._cache_size() == programs.decode._cache_size() == 1
-    programs.prefill.clear_cache()
+    assert programs.prefill_group._cache_size() == programs.decode._cache_size() == 1
+    programs.prefill_group.clear_cache()
     programs.decode.clear_cache()
     assert generate([[5, 7]]) == short
     assert generate([list(range(15))]) == long
