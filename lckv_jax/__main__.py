@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = _find(words[0])
         command.function(_parser(words[0], command).parse_intermixed_args(words[1:]))
     except UserError as error:
-        return _failed(MISTAKE, f"error: {error}")
+        return _failed(MISTAKE, str(error))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(code: int, words: str) -> int:
     if processes := _joined():
         processes.leave(code, words)
-    print(words, file=sys.stderr)
+    print(f"error: {words}" if code == MISTAKE else words, file=sys.stderr)
     return code
 
 

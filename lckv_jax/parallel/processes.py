@@ -185,12 +185,13 @@ def leave(code: int, why: str, *, told: bool = False) -> NoReturn:
     if _joined is None:
         _exit(code)
     _joined.leaving.set()
-    said = f"process {index()} on {socket.gethostname()} failed: {why}"
+    me = f"process {index()} on {socket.gethostname()}"
+    said = f"{me} failed: {why}"
     first = _ended()
     if first is not None and why in first[1]:  # all have met the same
         _follow(*first, silent=True)
     if not told:
-        print(f"process {index()}: {why}", file=sys.stderr, flush=True)
+        print(f"error: {me}: {why}", file=sys.stderr, flush=True)
     if first is not None:
         _follow(*first)
     if code in (BUG, MISTAKE):
@@ -289,6 +290,5 @@ def check_same(name: str, value: dict[str, str]) -> None:
         shown = ", ".join(f"{key} {first.get(key, 'absent')} -> {value.get(key, 'absent')}" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UserError(
-            f"process {index()} on {socket.gethostname()} has another {name} than process 0: {shown}{more}; start all "
-            "processes with the same"
+            f"another {name} than in process 0: {shown}{more}; start all processes with the same"
         )
