@@ -71,8 +71,9 @@ def start(flags: Flags, config: ProcessesConfig) -> Identity:
                 f"({identity.how}): {' '.join(str(error).split())[:200]}; is that the address of process 0, and the "
                 "port free?"
             ) from error
-    _listen()
-    sys.excepthook = _end_all
+    if (distributed.global_state.num_processes or 1) > 1:
+        _listen()
+        sys.excepthook = _end_all
     return identity
 
 
@@ -106,7 +107,7 @@ def _bounded(identity: Identity, config: ProcessesConfig) -> Iterator[None]:
 
 def count() -> int:
     """How many processes this run has."""
-    return distributed.global_state.num_processes or 1 if _joined else 1
+    return (distributed.global_state.num_processes or 1) if _joined else 1
 
 
 def index() -> int:
