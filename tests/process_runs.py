@@ -1,6 +1,7 @@
 """Runs a command in several processes on this machine, for the tests of runs over processes."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -51,13 +52,21 @@ class Processes:
                     )
                 )  # fmt: skip
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.running:  # whatever the test came to
+            process.kill()
+            process.wait()
+
     def text(self, number):
         return self.logs[number].read_text()
 
     def wait_for(self, number, words, seconds=120.0):
-        """Until process `number` has written `words`."""
+        """Until process `number` has written what the pattern `words` says."""
         until = time.monotonic() + seconds
-        while words not in self.text(number):
+        while not re.search(words, self.text(number)):
             if self.running[number].poll() is not None or time.monotonic() > until:
                 raise AssertionError(f"{words!r} did not come:\n" + "\n".join(map(self.text, range(len(self.logs)))))
             time.sleep(0.05)
@@ -83,4 +92,5 @@ class Processes:
 
 def run(command, count, folder, devices=1, seconds=180.0, **environ) -> list[Ended]:
     """All of it: how each process ended."""
-    return Processes(command, count, folder, devices, **environ).ends(seconds)
+    with Processes(command, count, folder, devices, **environ) as processes:
+        return processes.ends(seconds)

@@ -129,11 +129,11 @@ def test_a_run_goes_on_with_other_processes(settings, cache, alone, tmp_path):
 
 def test_sigterm_to_one_process_saves_and_ends_all(settings, cache, tmp_path):
     out = tmp_path / "run"
-    both = Processes(train(settings, out, "train.steps=100000", "train.eval_every=100000", "train.save_every=100000"),
-                     2, tmp_path, **cache)  # fmt: skip
-    both.wait_for(0, "step 3/")
-    both.signal(1)
-    ends = both.ends(60)
+    endless = [f"train.{name}=100000" for name in ("steps", "eval_every", "save_every")]
+    with Processes(train(settings, out, *endless), 2, tmp_path, **cache) as both:
+        both.wait_for(0, "step +3/")
+        both.signal(1)
+        ends = both.ends(60)
     assert [end.code for end in ends] == [42, 42], text_of(ends)
     (step,) = re.findall(r"stopped by SIGTERM after step (\d+), which is saved", ends[0].text)
     assert (out / "checkpoints" / step / "meta").is_dir()
@@ -170,9 +170,9 @@ def test_a_killed_process_takes_the_others_with_it(settings, cache, tmp_path):
 
 def test_a_process_that_hangs_ends_all_with_their_stacks(settings, cache, tmp_path):
     command = faulty(settings, tmp_path / "run", "hang", "processes.hang_seconds=4", step=6)
-    both = Processes(command, 2, tmp_path, **cache)
-    both.wait_for(1, "FAULT hang")
-    ends = both.ends(9)
+    with Processes(command, 2, tmp_path, **cache) as both:
+        both.wait_for(1, "FAULT hang")
+        ends = both.ends(9)
     assert {end.code for end in ends} <= {142, 134} and 142 in {end.code for end in ends}, text_of(ends)
     assert "in faulty" in ends[1].text  # where it hung
     assert "Current thread" in ends[0].text or ends[0].code == 134
