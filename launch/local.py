@@ -61,10 +61,10 @@ def launch(
 ) -> int:
     """Runs `processes` processes of a command until they are done; the exit code of the run.
 
-    Any death ends all of them, and the first death decides: 1, 2 and a file OUT/FATAL are final; after 42, 134, 200 and
-    other codes from 128 on (but 130) all start again, at most `restarts_without_progress` times in a row without a
-    newer step in OUT/checkpoints. SIGTERM, SIGHUP (as SIGTERM) and Ctrl-C go to all processes, which then have `grace`
-    seconds, and nothing is started again. Raises LaunchError if it cannot start.
+    Any death ends all of them, and the first death decides: 1, 2 and a file OUT/FATAL are final; after 42 and codes
+    from 128 on, but for 130, all start again, at most `restarts_without_progress` times in a row without a newer step
+    in OUT/checkpoints. SIGTERM, SIGHUP (as SIGTERM) and Ctrl-C go to all processes, which then have `grace` seconds,
+    and nothing is started again. Raises LaunchError if it cannot start.
     """
     environment = dict(os.environ if environment is None else environment)
     environments = [environment | own for own in split_gpus(processes, environment)]

@@ -1,4 +1,4 @@
-"""The other files of launch/: what can be known of them without a cloud, and tpu-pod.sh against a stand-in for gcloud."""
+"""The other files of launch/: what can be known without a cloud, and tpu-pod.sh against a stand-in for gcloud."""
 
 import copy
 import importlib.util
@@ -205,7 +205,6 @@ def test_flags_are_added_to_those_that_are_set() -> None:
 # was taken away with its machine: nothing is heard of it.
 GCLOUD = r"""#!/bin/bash
 echo "$3 $4" >> "$CLOUD/calls"
-named() { local all=("$@") n=${#@}; for ((i = 0; i < n; i++)); do [ "${all[i]}" = "$WANTED" ] && echo "${all[i+1]}"; done; }
 case "$3 $4" in
 "queued-resources describe") cat "$CLOUD/state" 2>/dev/null || exit 1 ;;
 "queued-resources create") echo ACTIVE > "$CLOUD/state"; mkdir "$CLOUD/0" "$CLOUD/1" ;;
@@ -213,9 +212,9 @@ case "$3 $4" in
 "tpu-vm scp") for worker in 0 1; do cp "$5" "$CLOUD/$worker/"; done ;;
 "tpu-vm ssh")
     [ "$(cat "$CLOUD/state")" = ACTIVE ] || exit 255
-    command=$(WANTED=--command named "$@")
+    while [ "$1" != --command ]; do shift; done
     for worker in 0 1; do
-        (cd "$CLOUD/$worker" && WORKER=$worker bash -c "$command") & jobs+=($!)
+        (cd "$CLOUD/$worker" && WORKER=$worker bash -c "$2") & jobs+=($!)
     done
     code=0
     for job in "${jobs[@]}"; do wait "$job" || code=$?; done
@@ -265,7 +264,11 @@ def tpu_pod(tmp_path: Path, mode: str, config: str) -> subprocess.Popen[str]:
         "CLOUD": str(tmp_path / "cloud"),
         "SETUP": f"{setup} ln -sf {sys.executable} .venv/bin/python",
         "POLL": "0.1",
-        **{"TPU": "slice", "ZONE": "zone", "TYPE": "v6e-8", "VERSION": "v2", "RESTARTS_WITHOUT_PROGRESS": "2"},
+        "RESTARTS_WITHOUT_PROGRESS": "2",
+        "TPU": "slice",
+        "ZONE": "zone",
+        "TYPE": "v6e-8",
+        "VERSION": "v2",
     }
     command = [LAUNCH / "tpu-pod.sh", mode, "train", config, f"out={tmp_path / 'run'}"]
     pipe = subprocess.PIPE

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm cluster: two nodes on this machine, with folders, ports and a key of their own."""
+"""launch/slurm.sbatch on a real Slurm cluster: two nodes on this machine, with its own folders, ports and key."""
 
 import os
 import re
