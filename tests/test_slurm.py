@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import write_tiny_config
+
+from lckv_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -40,7 +43,7 @@ if config == "killed" and start == 0 and not first:
 if config in ("stuck", "bug") or config == "killed" and start == 0:
     time.sleep(1)
     sys.exit(134)
-if config == "long":
+if config == "long" or config == "limited" and start == 0:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
     time.sleep(600)
 """
@@ -217,3 +220,48 @@ def test_out_must_be_given(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, cluster.stand_in, log := tmp_path / "log", "fine")
     how, printed = finished(cluster, job, log)
     assert how == "FAILED" and "write out=OUT" in printed
+
+
+def test_before_the_time_limit_it_saves_and_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm's shortest limit is a minute; SIGTERM comes 55 seconds before it."""
+    job = submit(cluster, cluster.stand_in, log := tmp_path / "log", "limited", f"out={tmp_path / 'run'}",
+                 options=("--time=1", "--signal=TERM@55"))  # fmt: skip
+    how, printed = finished(cluster, job, log)
+    assert (how, state(cluster, job)[1]) == ("COMPLETED", 1), printed
+    assert "requeued after exit code 42, to go on from step 1" in printed
+
+
+def test_a_training_that_loses_a_task_goes_on_from_its_last_step(cluster: Cluster, tmp_path: Path) -> None:
+    """The real `train`, two tasks on two nodes."""
+    config, run = write_tiny_config(tmp_path), tmp_path / "run"
+    words = [str(config), f"out={run}", "train.steps=20", "train.save_every=2", "train.log_every=1", "mesh.fsdp=2",
+             "processes.heartbeat_seconds=10"]  # fmt: skip
+    job = submit(cluster, ROOT, log := tmp_path / "log", *words)
+    told = lambda: log.read_text() if log.exists() else ask(cluster, "squeue")  # noqa: E731
+    wait_for(lambda: len(saved(run)) >= 2, told, 180)
+    victim = task_of(1, run)
+    os.kill(victim, signal.SIGKILL)
+    how, printed = finished(cluster, job, log, 240)
+    assert (how, state(cluster, job)[1]) == ("COMPLETED", 1), printed
+    assert re.search(r"requeued after exit code (137|134), to go on from step \d+", printed), printed
+    resumed = int(re.findall(r"resuming .* from step (\d+)", printed)[0])
+    assert resumed in range(4, 20, 2) and max(saved(run)) == 20
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 21))
+
+
+def saved(run: Path) -> list[int]:
+    return [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
+
+
+def task_of(number: int, run: Path) -> int:
+    """The process of Slurm's task of that number whose run has this folder."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"lckv_jax" in words and f"out={run}".encode() in words and f"SLURM_PROCID={number}".encode() in environment:
+            return int(path.name)
+    raise AssertionError(f"no process {number} of {run}")
