@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lckv_jax import errors
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 COMMAND = ["python", "-u", "-m", "lckv_jax", "train"]
@@ -342,3 +344,36 @@ def test_tpu_pod_mistakes(words: list[str], says: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("TPU", "ZONE")}
     done = subprocess.run([LAUNCH / "tpu-pod.sh", *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and says in done.stderr
+
+
+# --- docs/launch.md ---------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_files_that_exist() -> None:
+    named = set(re.findall(r"(?:launch|configs)/[\w-]+\.\w+", PAGE))
+    assert all((ROOT / name).exists() for name in named), named
+    assert {path.name for path in LAUNCH.iterdir() if path.is_file()} <= {Path(name).name for name in named}
+
+
+def test_the_page_knows_every_exit_code() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \|.*\| (\w*) ?\|$", PAGE, re.M))
+    codes = {getattr(errors, name) for name in ("BUG", "MISTAKE", "STOPPED", "INTERRUPTED", "PEER_FAILED", "HUNG")}
+    assert set(map(int, rows)) == codes | {0}
+    recovered = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["resources"]["job_recovery"]
+    again = {int(code) for code, word in rows.items() if word == "yes"}
+    assert again == set(recovered["recover_on_exit_codes"])
+
+
+def test_the_first_command_of_the_page(tmp_path: Path) -> None:
+    """The page's own command, with this Python; it prints what the page shows."""
+    line = next(line for line in PAGE.splitlines() if line.startswith("python launch/local.py"))
+    words = [sys.executable if word == "python" else word for word in line.split()]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = [re.sub(r"[\d.]+ (?=m?s$)|host-a|\(pid \d+\)", "", text) for text in re.findall(r"^    (.*)", PAGE, re.M)]
+    printed = [text.removeprefix("[0] ") for text in done.stdout.splitlines()]
+    told = [re.sub(r"[\d.]+ (?=m?s$)|(?<=: )[\w.-]+(?= \(pid)|\(pid \d+\)", "", text) for text in printed]
+    assert [text for text in shown if text not in told] == []
