@@ -165,6 +165,8 @@ def run_once(
         while _pass_on(streams, 0):
             pass
         streams.close()
+        for pipe in [pipe for process in group for pipe in (process.stdout, process.stderr) if pipe is not None]:
+            pipe.close()
     return first
 
 

@@ -218,7 +218,7 @@ case "$3 $4" in
     [ "$(cat "$CLOUD/state")" = ACTIVE ] || exit 255
     while [ "$1" != --command ]; do shift; done
     for worker in 0 1; do
-        (cd "$CLOUD/$worker" && WORKER=$worker bash -c "$2") & jobs+=($!)
+        (cd "$CLOUD/$worker" && WORKER=$worker env --default-signal=INT bash -c "$2") & jobs+=($!)
     done
     code=0
     for job in "${jobs[@]}"; do wait "$job" || code=$?; done
@@ -276,7 +276,9 @@ def tpu_pod(tmp_path: Path, mode: str, config: str) -> subprocess.Popen[str]:
     }
     command = [LAUNCH / "tpu-pod.sh", mode, "train", config, f"out={tmp_path / 'run'}"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -327,7 +329,7 @@ def test_ctrl_c_lets_the_workers_save(tmp_path: Path) -> None:
     while not all((tmp_path / "cloud" / f"running-{worker}").exists() for worker in "01"):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 42 and "the workers save first" in printed, printed
     assert "delete" not in calls(tmp_path)

@@ -47,7 +47,7 @@ def command(out: Path, script: str, *options: str, processes: int = 2) -> list[s
 
 
 def run(out: Path, script: str, *options: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "error"}
     words = command(out, script, *options, processes=processes)
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -149,14 +149,19 @@ def test_other_codes_are_retried(code: int) -> None:
     assert local.retryable(code)
 
 
-def test_the_first_death_decides(tmp_path: Path) -> None:
-    """Its peers then die of it, with codes that would be retried."""
-    script = """
-if me == 0: sys.exit(1)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(134))
+@pytest.mark.parametrize(("first", "then"), [(1, 134), (134, 1)])
+def test_the_first_death_decides(tmp_path: Path, first: int, then: int) -> None:
+    """Its peers then die of it, with codes that say the contrary."""
+    script = f"""
+if me == 0:
+    while not (out / "ready").exists(): time.sleep(0.01)
+    sys.exit({first})
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({then}))
+(out / "ready").touch()
 time.sleep(60)
 """
-    assert run(tmp_path / "run", script).returncode == 1
+    done = run(tmp_path / "run", script, "--restarts-without-progress", "0")
+    assert done.returncode == first and f"process 0 ended with {first}" in done.stderr
 
 
 def test_a_fatal_file_forbids_a_retry(tmp_path: Path) -> None:
