@@ -11,16 +11,31 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lckv_jax.config import load_config
-from lckv_jax.errors import Stopped, UserError
+from lckv_jax.errors import INTERRUPTED, MISTAKE, STOPPED, Stopped, UserError
 
 PROGRAM = "python -m lckv_jax"
-_INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
 
 
 def _train(options: argparse.Namespace) -> None:
+    from lckv_jax.parallel import processes
     from lckv_jax.train.loop import train
 
-    train(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides)
+    processes.start(_flags(options), config.processes)
+    train(config)
+
+
+def _processes(options: argparse.Namespace) -> None:
+    from lckv_jax.config import ProcessesConfig, read_overrides
+    from lckv_jax.parallel.roll_call import roll_call
+
+    roll_call(_flags(options), read_overrides(ProcessesConfig, options.overrides, "processes"))
+
+
+def _flags(options: argparse.Namespace) -> Any:
+    from lckv_jax.parallel.identity import Flags
+
+    return Flags(options.coordinator, options.processes, options.process)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -139,6 +154,16 @@ _CELLS = _Argument(
     "overrides",
     {"nargs": "*", "default": [], "metavar": "a.b=c", "help": "overrides, such as batches=[1,8] or memory_gb=24"},
 )
+_WAITS = _Argument(
+    "overrides",
+    {"nargs": "*", "default": [], "metavar": "a=b", "help": "such as initialize_seconds=60 (see docs/training.md)"},
+)
+_JOINING = (
+    _Argument("--coordinator", {"metavar": "HOST:PORT", "help": "of process 0; needed only where no launcher tells "
+                                "JAX, or the JAX_... variables (see docs/launch.md)"}),
+    _Argument("--processes", {"metavar": "N", "type": int, "help": "how many there are"}),
+    _Argument("--process", {"metavar": "I", "type": int, "help": "the number of this one, from 0"}),
+)  # fmt: skip
 _VERIFY = _Argument("--verify", {"action": "store_true", "help": "only check the prepared shards against their hashes"})
 _COMPILE = _Argument(
     "--compile", {"action": "store_true", "help": "compile the train step; tell its memory and collectives"}
@@ -175,7 +200,7 @@ _SHARD = _Argument(
 )
 
 _COMMANDS = {
-    "train": _Command(_train, "pretrain; resumes by itself", (_CONFIG, _OVERRIDES)),
+    "train": _Command(_train, "pretrain; resumes by itself", (_CONFIG, _OVERRIDES, *_JOINING)),
     "prepare": _Command(_prepare, "text to token shards (train does it where it is missing)",
                         (_CONFIG, _OVERRIDES, _VERIFY)),
     "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
@@ -184,6 +209,8 @@ _COMMANDS = {
     "generate": _Command(_generate, "text from a checkpoint", (_CHECKPOINT, _GENERATION)),
     "bench": _Command(_bench, "what sharing buys at inference: latency, throughput, memory; goes on by itself",
                       (_BENCH, _CELLS)),
+    "processes": _Command(_processes, "who joins a run from here: processes, devices, a collective",
+                          (_WAITS, *_JOINING)),
     "import": _Command(_import, "a Hugging Face folder to a run folder, also with another map", _IMPORT),
     "export": _Command(_export, "a checkpoint as a Hugging Face folder, for PyTorch",
                        (_CHECKPOINT, _OUT, _FORMAT, _DTYPE, _SHARD)),
@@ -199,27 +226,50 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code: 0, 2 after one sentence about what the user can mend, 42 after SIGTERM."""
+    """Runs one command; the exit code: 0, 2 after one sentence about what the user can mend, 42 after SIGTERM.
+
+    Where several processes run it together, a failure ends this one, and the others with it.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in ([], ["-h"], ["--help"]):
         print(_overview())
-        return 0 if words else 2
+        return 0 if words else MISTAKE
     try:
         command = _find(words[0])
         command.function(_parser(words[0], command).parse_intermixed_args(words[1:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(MISTAKE, f"error: {error}")
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("stopped; nothing that was saved is lost: run the same command again", file=sys.stderr)
-        return _INTERRUPTED
+        return _failed(INTERRUPTED, "stopped; nothing that was saved is lost: run the same command again")
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 42
-    return 0
+        return _ended(STOPPED, str(stopped))
+    return _ended(0)
+
+
+def _failed(code: int, words: str) -> int:
+    if processes := _joined():
+        processes.leave(code, words)
+    print(words, file=sys.stderr)
+    return code
+
+
+def _ended(code: int, words: str = "") -> int:
+    """What all processes come to together is told by the first."""
+    processes = _joined()
+    if words and (processes is None or processes.index() == 0):
+        print(words, file=sys.stderr)
+    if processes:
+        processes.end()
+    return code
+
+
+def _joined() -> Any:
+    """lckv_jax.parallel.processes, if this process is one of several."""
+    module = sys.modules.get("lckv_jax.parallel.processes")
+    return module if module is not None and module.count() > 1 else None
 
 
 def _overview() -> str:
@@ -253,7 +303,7 @@ def _parser(name: str, command: _Command) -> _Parser:
 def _leave(code: int) -> NoReturn:
     """Ends the process. After Ctrl-C without the interpreter's own end, which crashes while XLA still compiles or
     computes in other threads; everything is saved by then."""
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

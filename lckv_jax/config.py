@@ -201,6 +201,22 @@ class MeshConfig(Frozen):
         return self
 
 
+class ProcessesConfig(Frozen):
+    """How long the processes of a run wait for each other before they end, all of them."""
+
+    initialize_seconds: float = Field(default=300.0, gt=0.0, description="for all processes to come, at the start")
+    heartbeat_seconds: float = Field(
+        default=60.0, ge=1.0, description="without a sign of life from a process: it is taken for dead"
+    )
+    shutdown_seconds: float = Field(default=30.0, ge=1.0, description="for all processes to end, at the end")
+    hang_seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="without a step: stacks are printed and the process ends; 10 times as long until the first step is "
+        "made; null = 20 times the median step, at least 300, and no limit if there is one process",
+    )
+
+
 class RunConfig(Frozen):
     """Everything that a run depends on."""
 
@@ -222,6 +238,7 @@ class RunConfig(Frozen):
     )
     metrics: MetricsConfig = Field(default=MetricsConfig(), description="what is told")
     mesh: MeshConfig = Field(default=MeshConfig(), description="how devices split the work")
+    processes: ProcessesConfig = Field(default=ProcessesConfig(), description="how long processes wait for each other")
     allow_changes: Strings = Field(
         default=(), description="fields that may differ from the checkpoint at resume, such as optimizer.learning_rate"
     )

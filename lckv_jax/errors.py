@@ -1,4 +1,11 @@
-"""The exceptions that the command line turns into a sentence and an exit code."""
+"""The exceptions that the command line turns into a sentence and an exit code, and the codes."""
+
+BUG = 1  # an exception that nobody expected, with its traceback
+MISTAKE = 2  # one sentence about what the user can mend
+STOPPED = 42  # SIGTERM; everything is saved
+INTERRUPTED = 130  # Ctrl-C, as shells say it
+PEER_FAILED = 134  # another process or a collective failed; also how JAX itself ends a process then
+HUNG = 142  # no step for too long: 128 + SIGALRM
 
 
 class UserError(ValueError):
@@ -17,4 +24,4 @@ class Stopped(SystemExit):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.code = 42
+        self.code = STOPPED

@@ -118,32 +118,45 @@ def test_one_component_keeps_its_order(prepared) -> None:
 @pytest.mark.parametrize("packing", ["masked", "joined"])
 @pytest.mark.parametrize("weights", [(), WEIGHTS])
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_hosts_in_order_hold_the_batch(prepared, split, weights, packing) -> None:
+def test_processes_together_hold_the_batch(prepared, split, weights, packing) -> None:
     arguments = {"seq_len": T, "batch_size": B, "seed": 3, "packing": packing, "weights": weights}
     whole = batches(*prepared, split, **arguments)
     steps = range(len(whole)) if split == "valid" else [*range(0, 160, 5), 10**9]  # several epochs
-    for hosts in (1, 2, 4):
-        parts = [batches(*prepared, split, **arguments, host=host, hosts=hosts) for host in range(hosts)]
-        assert split == "train" or {len(part) for part in parts} == {len(whole)}
+    for rows in ([0, 1, 2, 3], [0, 1], [2], [1, 3], [3, 0]):
+        part = batches(*prepared, split, **arguments, rows=rows)
+        assert split == "train" or len(part) == len(whole)
         for step in steps:
             for name, array in whole[step].items():
-                assert np.array_equal(np.concatenate([part[step][name] for part in parts]), array)
+                assert np.array_equal(part[step][name], array[rows])
     assert split == "train" or (whole[len(whole) - 1]["labels"][-1] == IGNORE).all()  # filled up
 
 
-def test_hosts_resume_at_a_step(prepared) -> None:
+def test_processes_resume_at_a_step(prepared) -> None:
     arguments = {"seq_len": T, "batch_size": B, "seed": 3, "weights": WEIGHTS}
     whole = batches(*prepared, "train", **arguments)
-    for host in range(2):
-        part = batches(*prepared, "train", **arguments, host=host, hosts=2)
+    for rows in ([0, 1], [2, 3]):
+        part = batches(*prepared, "train", **arguments, rows=rows)
         with contextlib.closing(iterate(part, start_step=77)) as iterator:
             for step in range(77, 97):
-                assert np.array_equal(next(iterator)["tokens"], whole[step]["tokens"][2 * host : 2 * host + 2])
+                assert np.array_equal(next(iterator)["tokens"], whole[step]["tokens"][rows])
 
 
-def test_hosts_must_divide_the_batch(prepared) -> None:
-    with pytest.raises(UserError, match=r"data\.batch_size=4 is not a multiple of the 3 hosts"):
-        batches(*prepared, "train", seq_len=T, batch_size=B, seed=0, hosts=3)
+def test_a_process_reads_no_rows_but_its_own(prepared) -> None:
+    """Damage in a shard stops only the processes that need it."""
+    folder, manifest = prepared
+    read = []
+    original = Windows.__getitem__
+    whole = batches(folder, manifest, "train", seq_len=T, batch_size=B, seed=0)
+    part = batches(folder, manifest, "train", seq_len=T, batch_size=B, seed=0, rows=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Windows, "__getitem__", lambda self, index: read.append(index) or original(self, index))
+        for step in range(20):
+            part[step]
+        mine = list(read)
+        for step in range(20):
+            whole[step]
+    assert len(mine) == 20
+    assert mine == read[20:][1::B]
 
 
 def test_joined_rows_are_one_text() -> None:

@@ -125,8 +125,7 @@ def batches(
     seed: int,
     packing: Packing = "masked",
     weights: Sequence[float | None] = (),
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.MapDataset[Batch]:
     """The batches of one split; `[step]` is the batch of that step, from nothing but the arguments.
 
@@ -137,25 +136,39 @@ def batches(
     spread and each with its own epochs. Without weights the components are one text.
     valid: each row once, in a fixed order that ignores `seed` and `weights`; `len()` batches, the last one filled up
     with rows without labels, so that every batch has one shape.
-    host, hosts: host h gets rows h*B/hosts .. (h+1)*B/hosts-1 of each batch, so that the parts of all hosts in order
-    are the batch, however many they are.
-    Raises UserError if a split or component is shorter than one row, hosts do not divide the batch, the folder has no
-    component for each weight, and on the first touch of damaged bytes.
+    rows: only these of the B rows of each batch, in this order, are read and given; None = all.
+    Raises UserError if a split or component is shorter than one row, the folder has no component for each weight, and
+    on the first touch of damaged bytes.
     """
     import grain
 
-    if batch_size % hosts:
-        raise UserError(f"data.batch_size={batch_size} is not a multiple of the {hosts} hosts; change one of them")
     if split == "train":
-        rows = _endless_rows(folder, manifest, seq_len, seed, weights)
+        every = _endless_rows(folder, manifest, seq_len, seed, weights)
     else:
         windows = Windows(folder, manifest, split, seq_len)
-        rows = grain.MapDataset.source(windows)
+        every = grain.MapDataset.source(windows)
         if missing := -len(windows) % batch_size:
             filler = [np.full(seq_len + 1, IGNORE, np.int32)] * missing
-            rows = grain.MapDataset.concatenate([rows, grain.MapDataset.source(filler)])
-    parts = rows.batch(batch_size // hosts, drop_remainder=True)[host::hosts]
+            every = grain.MapDataset.concatenate([every, grain.MapDataset.source(filler)])
+    if rows is not None and len(rows) < batch_size:
+        every = grain.MapDataset.source(_Picked(every, batch_size, rows))
+        batch_size = len(rows)
+    parts = every.batch(batch_size, drop_remainder=True)
     return parts.map(partial(label_rows, bos_id=manifest.bos_id, eos_id=manifest.eos_id, packing=packing))
+
+
+class _Picked:
+    """Of every `batch_size` elements of a data set those numbered `rows`, by index."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
+        self._dataset, self._batch_size, self._rows = dataset, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch, place = divmod(index, len(self._rows))
+        return self._dataset[batch * self._batch_size + self._rows[place]]
 
 
 def _endless_rows(

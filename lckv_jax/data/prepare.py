@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import itertools
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -95,6 +96,17 @@ def prepare(data: DataConfig, vocab_size: int, report: Report = print) -> Manife
         )
     report(f"prepared {folder} in {time.monotonic() - started:.1f} s")
     return manifest
+
+
+def load_prepared(data: DataConfig, vocab_size: int) -> Manifest:
+    """The manifest of a folder that is prepared already, as `prepare` checks it; raises UserError if it is not."""
+    folder = Path(data.folder).expanduser()
+    if manifest := _ready(data, vocab_size, folder):
+        return manifest
+    raise UserError(
+        f"{folder} is not there on {socket.gethostname()}; give data.folder on a file system that all processes share, "
+        "or copy the prepared folder to each host"
+    )
 
 
 def verify(folder: str | Path, report: Report = print) -> Manifest:

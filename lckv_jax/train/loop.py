@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -12,17 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from lckv_jax import checkpoint
 from lckv_jax.config import RunConfig
 from lckv_jax.data.batches import batches, iterate
-from lckv_jax.data.prepare import Manifest, prepare
+from lckv_jax.data.prepare import Manifest
 from lckv_jax.errors import Stopped, UserError
 from lckv_jax.model.kernels import bias_bytes, choose_backend
 from lckv_jax.model.transformer import check_dtype
+from lckv_jax.parallel import processes
 from lckv_jax.parallel.mesh import batch_sharding, check_sizes, make_mesh, replicated_dims
+from lckv_jax.parallel.rows import global_batch, local_rows
+from lckv_jax.parallel.watchdog import Watchdog
 from lckv_jax.train import resume, run_folder
 from lckv_jax.train.clock import Clock
 from lckv_jax.train.goodput import Account
@@ -30,6 +33,14 @@ from lckv_jax.train.metrics import ProgressLine, Record, draw_loss_curve, read_m
 from lckv_jax.train.mfu import peak_flops, utilisation
 from lckv_jax.train.optimizer import make_optimizer
 from lckv_jax.train.profiler import Profiler
+from lckv_jax.train.run_start import (
+    check_resumable,
+    check_same_everywhere,
+    check_same_run,
+    hang_seconds,
+    prepare_all,
+    tokens_seen,
+)
 from lckv_jax.train.signals import noting_sigterm, stopping_at_once
 from lckv_jax.train.spikes import refuse_to_go_on
 from lckv_jax.train.state import TrainState, abstract_state, evaluated_params
@@ -49,8 +60,9 @@ def train(config: RunConfig) -> None:
     SIGTERM, when the last step is saved.
     """
     clock = Clock()
-    console = Console()
+    console = Console(quiet=processes.index() != 0)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    check_same_everywhere(config)
     check_dtype(config.model)
     resume.check_allowed_names(config.allow_changes)
     mesh = make_mesh(config.mesh)
@@ -65,19 +77,21 @@ def train(config: RunConfig) -> None:
     peak = peak_flops(config, device.device_kind, device.platform)
     out = Path(config.out).expanduser()
     with stopping_at_once(), run_folder.held(out, say):
-        if not _check_resumable(config, out, say):
+        if not check_resumable(config, out, say):
             check_start(config)
-        manifest = prepare(config.data, config.model.vocab_size, say)
-        datasets = _Datasets(*(_batches(config, manifest, split) for split in ("train", "valid")))
+        manifest = prepare_all(config, say)
+        datasets = _Datasets(*(_batches(config, manifest, split, mesh) for split in ("train", "valid")))
         keep, keep_best = config.train.keep, config.train.keep_best
         with (
             noting_sigterm() as stop_after,  # from here on, as checkpoints are read and written
             jax.set_mesh(mesh),
+            Watchdog(hang_seconds(config)) as watchdog,
             checkpoint.open_checkpoints(out / "checkpoints", keep, keep_best) as manager,
         ):
             run, state, step_function = _start(config, manifest, datasets, manager, console, clock, peak)
-            run.finish(state, step_function, stop_after)
-        _summarise(config, out, run.start, say)
+            run.finish(state, step_function, stop_after, watchdog)
+        if processes.index() == 0:
+            _summarise(config, out, run.start, say)
 
 
 def _say_what_is_best(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -118,19 +132,20 @@ def _start(
     restored = checkpoint.restore(
         manager,
         abstract_state(config, optimizer, mesh),
-        check=lambda meta: _check_same_run(config, manifest, meta),
+        check=lambda meta: check_same_run(config, manifest, meta),
         report=say,
     )
     if restored is None:
-        state, tokens_seen = first_state(config, optimizer, mesh, say), 0
+        state, tokens_before = first_state(config, optimizer, mesh, say), 0
     else:
-        state, tokens_seen = restored[0], _tokens_seen(restored[1])
+        state, tokens_before = restored[0], tokens_seen(restored[1])
         say(f"resuming {out} from step {int(state['step'])}")
-    run_folder.claim(config, out)
-    if restored is not None:
+    if processes.index() == 0:
+        run_folder.claim(config, out)
+    if restored is not None and processes.index() == 0:
         before = resume.read_config(restored[1]["config"], f"{out}: the checkpoint's config")
         run_folder.record_changes(out, int(state["step"]), resume.changes(before, config))
-    run = _Run(config, manifest, datasets, manager, console, int(state["step"]), tokens_seen, clock, peak)
+    run = _Run(config, manifest, datasets, manager, console, int(state["step"]), tokens_before, clock, peak)
     return run, state, make_train_step(config, optimizer, mesh)
 
 
@@ -139,18 +154,24 @@ class _Datasets(NamedTuple):
     valid: Any
 
 
-def _batches(config: RunConfig, manifest: Manifest, split: Any) -> Any:
-    """Batches of the train steps; for validation in micro-batches, so that it needs no more memory than a step."""
-    data = config.data
+def _batch_size(config: RunConfig, split: str) -> int:
+    """Of the train steps; for validation that of micro-batches, so that it needs no more memory than a step."""
+    return config.data.batch_size if split == "train" else config.data.batch_size // config.train.accumulation
+
+
+def _batches(config: RunConfig, manifest: Manifest, split: Any, mesh: Mesh) -> Any:
+    """The rows of the batches of a split that this process holds."""
+    data, batch_size = config.data, _batch_size(config, split)
     return batches(
         data.folder,
         manifest,
         split,
         seq_len=data.seq_len,
-        batch_size=data.batch_size if split == "train" else data.batch_size // config.train.accumulation,
+        batch_size=batch_size,
         seed=config.seed,
         packing=data.packing,
         weights=[source.weight for source in data.sources],
+        rows=local_rows(batch_sharding(mesh), batch_size),
     )
 
 
@@ -165,12 +186,12 @@ class _Run:
         manager: Any,
         console: Console,
         start: int,
-        tokens_seen: int,
+        tokens_before: int,
         clock: Clock,
         peak: float | None,
     ) -> None:
         self.config, self.manifest, self.datasets, self.manager = config, manifest, datasets, manager
-        self.start, self.tokens_before = start, tokens_seen
+        self.start, self.tokens_before = start, tokens_before
         self.clock, self.peak = clock, peak
         self.out = Path(config.out).expanduser()
         self.clock.lap("start")
@@ -184,7 +205,9 @@ class _Run:
         self.sharding, self.devices = batch_sharding(mesh), mesh.size
         self.read_at = self.saved_at = time.monotonic()
 
-    def finish(self, state: TrainState, step_function: Any, stop_after: Callable[[int], bool]) -> None:
+    def finish(
+        self, state: TrainState, step_function: Any, stop_after: Callable[[int], bool], watchdog: Watchdog
+    ) -> None:
         """All remaining steps. Metrics are read one step late, so that the device never waits for the host."""
         with contextlib.ExitStack() as closing:  # from the last to the first, each whatever becomes of the others
             closing.enter_context(run_folder.written(self.out))
@@ -195,15 +218,17 @@ class _Run:
                 raise Stopped("stopped by SIGTERM; nothing was lost: the same command goes on from there")
             rows = iterate(self.datasets.train, self.start)
             closing.callback(rows.close)
-            self.run_steps(state, step_function, rows, stop_after)
+            self.run_steps(state, step_function, rows, stop_after, watchdog)
             self.end(self.config.train.steps, done=True)
 
-    def run_steps(self, state: TrainState, step_function: Any, rows: Any, stop_after: Callable[[int], bool]) -> None:
+    def run_steps(
+        self, state: TrainState, step_function: Any, rows: Any, stop_after: Callable[[int], bool], watchdog: Watchdog
+    ) -> None:
         train = self.config.train
         pending: tuple[int, float, Any] | None = None
         self.clock.lap("start")
         for step in range(self.start + 1, train.steps + 1):
-            batch = jax.device_put(next(rows), self.sharding)
+            batch = self.placed(next(rows), "train")
             wait = self.clock.lap("data")
             with run_folder.written(self.out):
                 state, metrics = self.profiler.run(step, step_function, state, batch)
@@ -212,7 +237,8 @@ class _Run:
             pending = step, wait, metrics
             last, stopping = step == train.steps, stop_after(step)
             validates = last or step % train.eval_every == 0
-            saves = last or stopping or step % train.save_every == 0 or self.save_is_overdue()
+            saves = last or stopping or step % train.save_every == 0 or self.save_is_overdue(step)
+            watchdog.feed(longer=step == self.start + 1 or validates or saves)
             if validates or saves:
                 self.read(pending)
                 self.clock.lap("step")
@@ -235,11 +261,19 @@ class _Run:
         self.clock.lap("checkpoint")
         self.write(self.account.record(step, **self.account.saved(in_progress=False), **told))
 
-    def save_is_overdue(self) -> bool:
-        """Whether save_minutes have passed. In a run of several processes, process 0 would have to decide this."""
+    def placed(self, rows: dict[str, np.ndarray], split: str) -> dict[str, jax.Array]:
+        """A batch over all devices, from the rows of this process."""
+        size = _batch_size(self.config, split)
+        return global_batch(self.sharding, size, local_rows(self.sharding, size), rows)
+
+    def save_is_overdue(self, step: int) -> bool:
+        """Whether save_minutes have passed; of several processes the first decides, when a line is due to be told."""
         minutes, now = self.config.train.save_minutes, time.monotonic()
         self.saved_at = min(self.saved_at, now)  # a clock that went back must not put off the next save
-        return minutes is not None and now - self.saved_at >= 60 * minutes
+        if minutes is None or (processes.count() > 1 and step % self.config.train.log_every):
+            return False
+        overdue = now - self.saved_at >= 60 * minutes
+        return processes.from_first("save", lambda: str(overdue)) == str(True)
 
     def save(self, step: int, state: TrainState, valid_loss: float | None) -> None:
         """Begins to save the state; valid_loss: its validation loss, if this step was validated."""
@@ -292,7 +326,7 @@ class _Run:
         total, count = 0.0, 0
         train = self.config.train
         for index in range(min(train.eval_batches * train.accumulation, len(dataset))):
-            nll, tokens = self.evaluate(evaluated_params(state), jax.device_put(dataset[index], self.sharding))
+            nll, tokens = self.evaluate(evaluated_params(state), self.placed(dataset[index], "valid"))
             total, count = total + float(nll), count + int(tokens)
         loss = total / count
         if not math.isfinite(loss):
@@ -305,66 +339,6 @@ class _Run:
         self.write({"step": step, **told})
         self.progress.say(f"step {step:>6}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}")
         return loss
-
-
-def _check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) -> bool:
-    """Whether the folder holds a checkpoint to go on from.
-
-    Shows what the config changes in the run that the folder holds; raises UserError if that is not allowed.
-
-    Looks at the newest checkpoint, or, before the first one, at config.json; before the first step anything goes.
-    """
-    meta = checkpoint.newest_meta(out / "checkpoints")
-    if meta is not None and not any(path.startswith("opt.") for path in meta["leaves"]):
-        raise UserError(
-            f"{out} holds an imported model, not a run to go on with; choose another `out`, with "
-            f"init_from={config.out} to start from it"
-        )
-    if meta is not None:
-        where, tree = f"{out}: its checkpoint of step {meta['step']}", meta["config"]
-    elif any("loss" in record for record in read_metrics(out / "metrics.jsonl")):
-        where = f"{out}: the run in it"
-        try:
-            tree = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{out} holds a run, but its config.json cannot be read; put it back, or choose another `out`"
-            ) from error
-    else:
-        run_folder.check_free(out)
-        return False
-    found = resume.changes(resume.read_config(tree, where), config)
-    resume.check_changes(found, config.allow_changes, f"{where} has")
-    for change in found:
-        say(f"changed since then: {change}")
-    if meta is not None and meta["step"] > config.train.steps:
-        raise UserError(f"{where} is past train.steps={config.train.steps}; raise that, or choose another `out`")
-    return meta is not None
-
-
-def _check_same_run(config: RunConfig, manifest: Manifest, meta: dict[str, Any]) -> None:
-    """Raises UserError if a checkpoint belongs to another configuration, tokenizer or data set."""
-    where = f"the checkpoint of step {meta['step']} in {config.out}"
-    if meta["tokenizer"] != manifest.tokenizer_fingerprint:
-        raise UserError(
-            f"{where} was trained with another tokenizer than the one in {config.data.folder}; "
-            "restore that data folder, or choose another `out`"
-        )
-    if meta["manifest"] != manifest.hash and not resume.allows_other_data(config.allow_changes):
-        raise UserError(
-            f"{where} was trained on other data than {config.data.folder} now holds; restore that data folder, choose "
-            'another `out`, or go on all the same with "allow_changes=[data.sources]"'
-        )
-    before = resume.read_config(meta["config"], where)
-    resume.check_changes(resume.changes(before, config), config.allow_changes, f"{where} has")
-
-
-def _tokens_seen(meta: dict[str, Any]) -> int:
-    """Of a checkpoint; the oldest do not say, and their runs never changed the batch size."""
-    if meta.get("tokens_seen") is not None:
-        return meta["tokens_seen"]
-    data = meta["config"]["data"]
-    return meta["step"] * data["batch_size"] * data["seq_len"]
 
 
 def _summarise(config: RunConfig, out: Path, start: int, say: Callable[[str], None]) -> None:

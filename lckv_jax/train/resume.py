@@ -25,6 +25,7 @@ _FREE = (
     "train.keep_best",
     "model.max_position_embeddings",
     "metrics.",
+    "processes.",
 )
 _ROUNDING = (  # the same numbers, added in another order or computed by another kernel
     "mesh.",
@@ -73,7 +74,7 @@ class Change(NamedTuple):
 
 def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     """The fields that differ, in the order of the config; `allow_changes` is not one of them."""
-    old, new = _fields(before), _fields(after)
+    old, new = fields(before), fields(after)
     schedules = before.optimizer.schedule, after.optimizer.schedule
     found = []
     for field in new:
@@ -145,8 +146,8 @@ def _kind(field: str) -> Kind:
     return "mathematics"
 
 
-def _fields(config: RunConfig) -> dict[str, Any]:
-    """The values by section.field, as JSON data."""
+def fields(config: RunConfig) -> dict[str, Any]:
+    """The values of a config by section.field, as JSON data."""
     tree = config_json(config)
     sections = {name for name in tree if isinstance(getattr(config, name), BaseModel)}
     flat: dict[str, Any] = {}

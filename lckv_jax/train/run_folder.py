@@ -7,16 +7,18 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-import jax
-
 from lckv_jax.config import RunConfig, config_json
 from lckv_jax.data.tokenizer import tokenizer_files
 from lckv_jax.errors import UserError
+from lckv_jax.parallel import processes
 from lckv_jax.train.resume import Change
+
+_SEEN_SECONDS = 20.0  # until what one host writes is seen by another
 
 
 @contextlib.contextmanager
@@ -24,10 +26,12 @@ def held(out: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Makes the folder and holds it for this run; the system lets go of it however the process ends.
 
     A folder that is still empty in the end is removed. Raises UserError if another run holds it, or if it cannot be
-    written.
+    written, or if not all processes see it.
     """
-    if jax.process_index() != 0:
-        yield
+    if processes.index() != 0:
+        _check_seen(out)
+        with processes.fatal_told_in(out):
+            yield
         return
     path = out / "run.lock"
     while True:
@@ -40,15 +44,36 @@ def held(out: Path, say: Callable[[str], object]) -> Iterator[None]:
                 continue  # a run that has just ended removed it
             with written(path):
                 lock.truncate(0)
-                lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                lock.write(_holder().encode())
+            processes.from_first("run folder", _holder)
             try:
-                yield
+                with processes.fatal_told_in(out):
+                    yield
             finally:
                 with contextlib.suppress(OSError):  # it must not hide how the run ended
                     path.unlink(missing_ok=True)
                     if not any(out.iterdir()):
                         out.rmdir()
             return
+
+
+def _holder() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _check_seen(out: Path) -> None:
+    """Raises UserError if this process does not see the folder that process 0 holds."""
+    holder, until = processes.from_first("run folder", _holder), time.monotonic() + _SEEN_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (out / "run.lock").read_text(encoding="utf-8") == holder:
+                return
+        if time.monotonic() > until:
+            raise UserError(
+                f"{out} of process 0 is not seen on {socket.gethostname()}; give `out` on a file system that all "
+                "processes share"
+            )
+        time.sleep(0.1)
 
 
 def check_free(out: Path) -> None:

@@ -1,0 +1,55 @@
+"""Against hanging: a process that makes no progress ends itself, and says where it stood."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import threading
+import time
+from collections import deque
+from statistics import median
+
+_LEAST_SECONDS = 300.0
+_MEDIANS = 20
+_LONGER = 10  # what may take longer than a step: compiling, reading and writing a checkpoint
+
+
+class Watchdog:
+    """Ends the process with the stacks of all its threads (exit code 142) if it is not fed for `seconds`.
+
+    A timer of the system rings, since a process may hang where no Python runs; where one hangs all others wait, and
+    each tells its own. seconds: None = 20 times the median time between feedings, at least 300; 0 = no limit.
+    """
+
+    def __init__(self, seconds: float | None):
+        self._seconds = seconds
+        self._fed: float | None = None
+        self._times: deque[float] = deque(maxlen=100)
+        self._on = seconds != 0 and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Watchdog:
+        if self._on:
+            faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)  # the stacks, then the signal's own end
+            self.feed(longer=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.unregister(signal.SIGALRM)
+
+    def feed(self, *, longer: bool = False) -> None:
+        """The process makes progress. longer: what comes next may take ten times as long."""
+        if not self._on:
+            return
+        now = time.monotonic()
+        if self._fed is not None:
+            self._times.append(now - self._fed)
+        self._fed = None if longer else now  # what takes longer is no step
+        signal.setitimer(signal.ITIMER_REAL, self.limit() * (_LONGER if longer else 1))
+
+    def limit(self) -> float:
+        """Seconds that a step may take now."""
+        if self._seconds is not None:
+            return self._seconds
+        return max(_LEAST_SECONDS, _MEDIANS * median(self._times)) if self._times else _LEAST_SECONDS
