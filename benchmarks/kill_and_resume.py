@@ -18,9 +18,18 @@ import jax
 import numpy as np
 
 from lckv_jax.checkpoint import load
+from lckv_jax.train.goodput import is_account
 from lckv_jax.train.metrics import read_metrics
 
-CLOCKS = ("seconds", "tokens_per_second", "data_wait", "device_flops_per_second", "mfu", "hfu")  # differ in every run
+CLOCKS = (  # differ in every run
+    "seconds",
+    "tokens_per_second",
+    "data_wait",
+    "device_flops_per_second",
+    "mfu",
+    "hfu",
+    "save_seconds",
+)
 
 
 def command(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -39,7 +48,7 @@ def steps_saved(folder: Path) -> int:
 
 def without_clocks(folder: Path) -> list[dict]:
     records = read_metrics(folder / "run" / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in records]
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in records if not is_account(record)]
 
 
 def run_undisturbed(options: argparse.Namespace, folder: Path) -> float:

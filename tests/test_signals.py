@@ -77,7 +77,7 @@ sys.exit(__main__.main(sys.argv[1:]))
 """
     command = [sys.executable, "-c", script, "train", str(finished_config), *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(read_metrics(stopped / "metrics.jsonl")) >= 2, process)
+    wait_for(lambda: len(read_metrics(stopped / "metrics.jsonl")) >= 3, process)  # two of them of steps
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     last = max(record["step"] for record in read_metrics(stopped / "metrics.jsonl"))

@@ -206,3 +206,12 @@ def test_a_full_disk_names_the_file(tmp_path):
 def test_scalars_are_the_numbers_of_a_record():
     record = {"step": 3, "loss": 1.5, "passes": 9, "norms": [1.0, None], "non_finite": ["norms[1]"], "none": None}
     assert scalars(record) == {"loss": 1.5, "passes": 9, "norms/00": 1.0}
+    account = {"step": 3, "time": {"step": 2.0, "lost": 0.5}, "goodput": 0.8, "start": 1, "at": 1e9, "done": True}
+    assert scalars(account) == {"time/step": 2.0, "time/lost": 0.5, "goodput": 0.8}
+
+
+def test_an_account_takes_the_place_of_lost_records(tmp_path):
+    write_steps(run_config(tmp_path), tmp_path, 0, 3)
+    open_writers(run_config(tmp_path), tmp_path, 1, {"step": 1, "time": {"lost": 2.0}}).close()
+    told = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in told] == [1, 1] and told[1]["time"] == {"lost": 2.0}

@@ -28,6 +28,7 @@ from lckv_jax.parallel.rows import global_batch, local_rows
 from lckv_jax.parallel.watchdog import Watchdog
 from lckv_jax.train import resume, run_folder
 from lckv_jax.train.clock import Clock
+from lckv_jax.train.goodput import Account
 from lckv_jax.train.metrics import ProgressLine, Record, draw_loss_curve, read_metrics
 from lckv_jax.train.mfu import peak_flops, utilisation
 from lckv_jax.train.optimizer import make_optimizer
@@ -53,8 +54,8 @@ def train(config: RunConfig) -> None:
     """Runs `config` to its last step, from the newest good checkpoint in `config.out` if there is one.
 
     Makes the data first if `config.data.folder` is empty. Leaves in `config.out`: checkpoints/, config.json,
-    the tokenizer, metrics.jsonl (a line a step and a line a validation), changes.jsonl if the config ever changed,
-    and loss.png.
+    the tokenizer, metrics.jsonl (a line a step and a line a validation, accounts of the time), changes.jsonl if the
+    config ever changed, and loss.png.
     Raises UserError for everything that the user can mend, and if training is lost (see spikes.py); Stopped after
     SIGTERM, when the last step is saved.
     """
@@ -90,7 +91,7 @@ def train(config: RunConfig) -> None:
             run, state, step_function = _start(config, manifest, datasets, manager, console, clock, peak)
             run.finish(state, step_function, stop_after, watchdog)
         if processes.index() == 0:
-            _summarise(config, out, clock, run.start, say)
+            _summarise(config, out, run.start, say)
 
 
 def _say_what_is_best(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -193,8 +194,10 @@ class _Run:
         self.start, self.tokens_before = start, tokens_before
         self.clock, self.peak = clock, peak
         self.out = Path(config.out).expanduser()
+        self.clock.lap("start")
         with run_folder.written(self.out):
-            self.writers = open_writers(config, self.out, start)
+            self.account = Account(read_metrics(self.out / "metrics.jsonl"), start, clock)
+            self.writers = open_writers(config, self.out, start, self.account.record(start))
         self.progress = ProgressLine(console, start, config.train.steps, config.train.log_every)
         self.profiler = Profiler(config.metrics.profile, self.out / "profile", self.progress.say)
         self.evaluate = make_eval_step(config)
@@ -216,8 +219,7 @@ class _Run:
             rows = iterate(self.datasets.train, self.start)
             closing.callback(rows.close)
             self.run_steps(state, step_function, rows, stop_after, watchdog)
-            checkpoint.finish_saving(self.manager)
-            self.clock.lap("checkpoint")
+            self.end(self.config.train.steps, done=True)
 
     def run_steps(
         self, state: TrainState, step_function: Any, rows: Any, stop_after: Callable[[int], bool], watchdog: Watchdog
@@ -243,13 +245,21 @@ class _Run:
                 pending = None
                 loss = self.validate(step, state) if validates else None
                 self.clock.lap("evaluation")
+                told: Record = {}
                 if saves:
                     self.save(step, state, loss)
-                self.clock.lap("checkpoint")
+                    told = self.account.save_begun(self.clock.lap("checkpoint"))
+                self.write(self.account.record(step, **told))
                 self.read_at = time.monotonic()
             if stopping and not last:
-                checkpoint.finish_saving(self.manager)
+                self.end(step)
                 raise Stopped(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from it")
+
+    def end(self, step: int, **told: bool) -> None:
+        """Waits for the save in flight and writes the last account of this stretch."""
+        checkpoint.finish_saving(self.manager)
+        self.clock.lap("checkpoint")
+        self.write(self.account.record(step, **self.account.saved(in_progress=False), **told))
 
     def placed(self, rows: dict[str, np.ndarray], split: str) -> dict[str, jax.Array]:
         """A batch over all devices, from the rows of this process."""
@@ -300,6 +310,7 @@ class _Run:
             "data_wait": round(wait, 4),
             "tokens_per_second": round(speed, 1),
             **utilisation(self.config, values["passes"], speed, self.devices, self.peak),
+            **self.account.saved(self.manager.is_saving_in_progress()),
         }
         self.write(record)
         refuse_to_go_on(self.config, values, step, self.manager.latest_step())
@@ -330,10 +341,10 @@ class _Run:
         return loss
 
 
-def _summarise(config: RunConfig, out: Path, clock: Clock, start: int, say: Callable[[str], None]) -> None:
+def _summarise(config: RunConfig, out: Path, start: int, say: Callable[[str], None]) -> None:
     records, curve, steps = read_metrics(out / "metrics.jsonl"), out / "loss.png", config.train.steps
     with run_folder.written(curve):
         draw_loss_curve(records, config.model.vocab_size, curve)
     last = out / "checkpoints" / str(steps)
-    for line in summary(config, records, clock.seconds, start=start, stop=steps, checkpoint=last, curve=curve):
+    for line in summary(config, records, start=start, stop=steps, checkpoint=last, curve=curve):
         say(line)

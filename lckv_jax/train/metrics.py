@@ -64,10 +64,11 @@ def strict(record: Record) -> Record:
 class MetricsFile:
     """Appends one strict-JSON line a record (see `strict`) and flushes it. Raises OSError with the file's name."""
 
-    def __init__(self, path: Path, start_step: int):
-        """Keeps the records up to `start_step`; those of work lost since then are dropped."""
+    def __init__(self, path: Path, start_step: int, account: Record | None = None):
+        """Keeps the records up to `start_step`; those of work lost since then are dropped, for `account` at once."""
         self._path = path
         kept = [record for record in read_metrics(path) if record["step"] <= start_step]
+        kept += [account] if account else []
         partial = path.with_suffix(".partial")
         with naming(partial):
             partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")

@@ -61,7 +61,7 @@ def check_resumable(config: RunConfig, out: Path, say: Callable[[str], None]) ->
         )
     if meta is not None:
         where, tree = f"{out}: its checkpoint of step {meta['step']}", meta["config"]
-    elif read_metrics(out / "metrics.jsonl"):
+    elif any("loss" in record for record in read_metrics(out / "metrics.jsonl")):
         where = f"{out}: the run in it"
         try:
             tree = json.loads((out / "config.json").read_text(encoding="utf-8"))

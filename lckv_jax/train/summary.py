@@ -8,13 +8,13 @@ from statistics import median
 
 from lckv_jax.config import RunConfig
 from lckv_jax.train.clock import duration
+from lckv_jax.train.goodput import is_account
 from lckv_jax.train.metrics import Record
 
 
 def summary(
     config: RunConfig,
     records: list[Record],
-    seconds: dict[str, float],
     *,
     start: int,
     stop: int,
@@ -23,8 +23,8 @@ def summary(
 ) -> list[str]:
     """Lines about a run: tokens, where the time went, speed, losses, updates left out, and where to find what.
 
-    records: those of metrics.jsonl, of all stretches of the run. seconds: what the clock says of this stretch, which
-    made the steps after `start` up to `stop`. What nobody recorded is not told.
+    records: those of metrics.jsonl, of all stretches of the run. This one made the steps after `start` up to `stop`.
+    What nobody recorded is not told.
     """
     steps, tokens = config.train.steps, config.data.batch_size * config.data.seq_len
     made = f"done: {stop} steps" if stop >= steps else f"stopped: {stop} of {steps} steps"
@@ -33,21 +33,39 @@ def summary(
     if told:
         seen = told[-1].get("tokens_seen", seen)  # the batch may have changed its size at a resume
     lines = [f"{made} of {tokens:,} tokens, {seen:,} in all"]
-    lines += _time(seconds, stop - start)
+    lines += _time(records, stop)
     lines += _speed([record for record in told if record["step"] > start] or told)
+    lines += _saves(records)
     lines += _losses(records, config.model.vocab_size)
     if told and told[-1].get("skipped"):
         lines.append(f"{told[-1]['skipped']} of {stop} updates were left out (`skip_cause` in metrics.jsonl)")
     return [*lines, f"checkpoint {checkpoint}, loss curve {curve}"]
 
 
-def _time(seconds: dict[str, float], steps: int) -> list[str]:
-    total = sum(seconds.values())
-    if not total:
+def _time(records: list[Record], steps: int) -> list[str]:
+    """Of the whole run, as its last account tells it; parts that took no time are left out."""
+    account = next((record for record in reversed(records) if is_account(record)), None)
+    if account is None or not (total := sum(account["time"].values())):
         return []
-    parts = sorted(seconds.items(), key=lambda part: -part[1])
-    shares = ", ".join(f"{part} {spent / total:.1%}" for part, spent in parts)
-    return [f"time {duration(total)} for {steps} steps: {shares}"]
+    notes = {"step": " (goodput)", "lost": f" ({_counted(account['lost_steps'], 'step')} made again)"}
+    parts = sorted(account["time"].items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{part} {spent / total:.1%}{notes.get(part, '')}" for part, spent in parts if spent)
+    stretches = account["stretches"]
+    made = f"{steps} steps" + (f" in {stretches} stretches" if stretches > 1 else "")
+    return [f"time {duration(total)} for {made}: {shares}"]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _saves(records: list[Record]) -> list[str]:
+    stalls = [record["save_stall"] for record in records if "save_stall" in record]
+    written = [record["save_seconds"] for record in records if "save_seconds" in record]
+    if not stalls:
+        return []
+    line = f"checkpoints held up the steps for {median(stalls):.3g} s each"
+    return [line + (f", and were on disk after {median(written):.3g} s (medians)" if written else " (median)")]
 
 
 def _speed(steps: list[Record]) -> list[str]:

@@ -18,6 +18,7 @@ from lckv_jax.errors import UserError
 from lckv_jax.train.metrics import MetricsFile, Record, naming
 
 _FLUSH_SECONDS = 10.0  # a flush waits for the disk
+_NO_METRICS = ("step", "start", "at", "done")  # when a record was made, not what it tells
 
 
 class Writer(Protocol):
@@ -50,12 +51,13 @@ def check_writers(metrics: MetricsConfig) -> None:
         _wandb()
 
 
-def open_writers(config: RunConfig, out: Path, start_step: int) -> Writers:
+def open_writers(config: RunConfig, out: Path, start_step: int, account: Record | None = None) -> Writers:
     """The writers that `config.metrics` asks for, in the folder `out`; nothing is written by any process but the first.
 
     `write` takes records of plain numbers and lists of them, with a "step"; `start_step` is the step that the run
     starts or resumes after: what lost work wrote beyond it disappears from metrics.jsonl and TensorBoard, while W&B,
-    which cannot forget, keeps the first of two records of a step. `write` and `close` raise OSError with the name of
+    which cannot forget, keeps the first of two records of a step. `account` takes the place of what disappears from
+    metrics.jsonl, so that no kill comes between. `write` and `close` raise OSError with the name of
     the file that cannot be written; opening W&B raises UserError where it refuses.
     """
     if jax.process_index() != 0:
@@ -67,7 +69,7 @@ def open_writers(config: RunConfig, out: Path, start_step: int) -> Writers:
             writers.append(writer)
             stack.callback(writer.close)
 
-        opened(MetricsFile(out / "metrics.jsonl", start_step))
+        opened(MetricsFile(out / "metrics.jsonl", start_step, account))
         if config.metrics.tensorboard:
             opened(TensorBoardWriter(out / "tensorboard", start_step))
         if config.metrics.wandb is not None:
@@ -77,12 +79,14 @@ def open_writers(config: RunConfig, out: Path, start_step: int) -> Writers:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record; those of a list are called NAME/00, NAME/01, ..."""
+    """The numbers of a record; those of a list are called NAME/00, NAME/01, ..., those of a mapping NAME/KEY."""
     flat: dict[str, float] = {}
     for name, value in record.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            flat |= {f"{name}/{key}": item for key, item in value.items() if isinstance(item, (int, float))}
+        elif isinstance(value, list):
             flat |= {f"{name}/{index:02}": item for index, item in enumerate(value) if isinstance(item, (int, float))}
-        elif isinstance(value, (int, float)) and name != "step":
+        elif isinstance(value, (int, float)) and name not in _NO_METRICS:
             flat[name] = value
     return flat
 
