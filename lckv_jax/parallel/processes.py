@@ -262,6 +262,17 @@ def wait_for_all(name: str) -> None:
         _client().wait_at_barrier(_round(name), _LONG_MS)
 
 
+def compile_together(function: jax.stages.Wrapped, *arguments: Any) -> None:
+    """Compiles a program before its first call, in every process, and returns when all have.
+
+    A process that compiles longer than the others would be missed by them in the program's first collective, whose
+    transport waits for 30 seconds only.
+    """
+    if count() > 1:
+        function.lower(*arguments).compile()
+        wait_for_all("compiled")
+
+
 def from_first(name: str, make: Callable[[], str]) -> str:
     """What `make` returns in process 0, in every process; it is called there only."""
     if count() == 1:
