@@ -2,7 +2,7 @@
 
     python launch/local.py -n 2 -- python -u -m lckv_jax train CONFIG out=OUT [a.b=c ...]
 
-See docs/launch.md. It needs the standard library only, and never leaves a process behind.
+See docs/launch.md. It needs the standard library only, and its processes end with it, however it ends.
 """
 
 from __future__ import annotations

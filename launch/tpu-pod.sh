@@ -1,5 +1,5 @@
 #!/bin/bash
-# One training on a Cloud TPU slice, from a machine that stays on and has `gcloud`. From the repository's root:
+# One training on a Cloud TPU slice, from a machine that stays on and has `gcloud`:
 #
 #   export TPU=NAME ZONE=us-east5-b TYPE=v6e-16 VERSION=v2-alpha-tpuv6e MOUNT='sudo mount ... /runs'
 #   launch/tpu-pod.sh keep train configs/lckv-7b.yaml out=/runs/lckv-7b   # a new slice after each preemption
@@ -12,13 +12,14 @@ set -u
 
 RESTARTS_WITHOUT_PROGRESS=${RESTARTS_WITHOUT_PROGRESS:-3}
 POLL=${POLL:-30}                                       # seconds between two looks at the state of the slice
-SETUP=${SETUP:-'python3 -m pip install --quiet --user uv &&
+SETUP=${SETUP:-'PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv &&
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv &&
 python3 -m uv pip install --quiet --python .venv/bin/python "jax[tpu]" -r requirements.txt'}
 
 say() { echo "tpu-pod.sh: $*"; }
 fail() { say "$*" >&2; exit 2; }
 
+cd "$(dirname "$0")/.." || exit
 mode=${1:-}
 case $mode in keep|once) shift ;; *) fail "write keep or once, then a command of lckv_jax, such as: once processes" ;; esac
 if [ -z "${TPU:-}" ] || [ -z "${ZONE:-}" ]; then fail "export TPU=NAME and ZONE=ZONE"; fi
@@ -77,7 +78,8 @@ old=\$(cat run.pid 2>/dev/null) && kill "\$old" 2>/dev/null && for _ in \$(seq 6
     kill -0 "\$old" 2>/dev/null || break; sleep 1
 done
 [ -z "\$old" ] || kill -KILL "\$old" 2>/dev/null
-echo "tpu-pod.sh: from step \$(ls $(printf %q "$out")/checkpoints 2>/dev/null | grep -E '^[0-9]+\$' | sort -n | tail -n 1)"
+[ -z $(printf %q "$out") ] ||
+    echo "tpu-pod.sh: from step \$(ls $(printf %q "$out")/checkpoints 2>/dev/null | grep -E '^[0-9]+\$' | sort -n | tail -n 1)"
 .venv/bin/python -u -m lckv_jax$(printf ' %q' "$@") &
 echo \$! > run.pid
 wait \$!

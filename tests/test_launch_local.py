@@ -49,7 +49,7 @@ def command(out: Path, script: str, *options: str, processes: int = 2) -> list[s
 def run(out: Path, script: str, *options: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "error"}
     words = command(out, script, *options, processes=processes)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def begin(out: Path, script: str, *options: str) -> subprocess.Popen[str]:
@@ -61,7 +61,7 @@ def begin(out: Path, script: str, *options: str) -> subprocess.Popen[str]:
     return launcher
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -185,7 +185,7 @@ told("ready"); time.sleep(60)
 def test_a_signal_goes_to_all_and_they_save(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     launcher = begin(tmp_path / "run", SAVES)
     launcher.send_signal(sent)
-    _, err = launcher.communicate(timeout=30)
+    _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == code, err
     assert all(told(tmp_path / "run", me)[1:] == ["ready", "saved"] for me in (0, 1)), "no second attempt"
 
@@ -200,7 +200,7 @@ PARENT = 'told(str(subprocess.Popen(["sleep", "60"]).pid))\n'
 def test_who_does_not_stop_is_killed_after_the_grace_time(tmp_path: Path) -> None:
     launcher = begin(tmp_path / "run", PARENT + DEAF, "--grace", "0.5")
     launcher.terminate()
-    assert launcher.wait(timeout=10) == 137
+    assert launcher.wait(timeout=30) == 137
     assert len(pids(tmp_path / "run")) == 4 and not any(map(running, pids(tmp_path / "run")))
 
 
@@ -210,7 +210,7 @@ def test_a_second_ctrl_c_waits_for_nothing(tmp_path: Path) -> None:
     time.sleep(0.3)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=10) == 137
+    assert launcher.wait(timeout=30) == 137
     assert not any(map(running, pids(tmp_path / "run")))
 
 

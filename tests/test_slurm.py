@@ -20,7 +20,7 @@ from lckv_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 # Stands in for the training of two tasks: each start saves a step or not, then ends as its CONFIG says.
 TRAIN = """
@@ -229,6 +229,16 @@ def test_before_the_time_limit_it_saves_and_is_requeued(cluster: Cluster, tmp_pa
     how, printed = finished(cluster, job, log)
     assert (how, state(cluster, job)[1]) == ("COMPLETED", 1), printed
     assert "requeued after exit code 42, to go on from step 1" in printed
+
+
+def test_the_tasks_find_each_other(cluster: Cluster, tmp_path: Path) -> None:
+    python = [sys.executable, "-u", "-m", "lckv_jax", "processes"]
+    environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["srun", "--nodes=2", "--ntasks-per-node=2", f"--chdir={ROOT}", *python], env=environment,
+                          capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "detected: Slurm; 4 process(es)" in done.stdout
+    assert "collective: the sum of 1 to 4 over all devices is 10" in done.stdout
 
 
 def test_a_training_that_loses_a_task_goes_on_from_its_last_step(cluster: Cluster, tmp_path: Path) -> None:
