@@ -169,7 +169,7 @@ def test_a_killed_process_takes_the_others_with_it(settings, cache, tmp_path):
 
 
 def test_a_process_that_hangs_ends_all_with_their_stacks(settings, cache, tmp_path):
-    command = faulty(settings, tmp_path / "run", "hang", "processes.hang_seconds=4", step=6)
+    command = faulty(settings, tmp_path / "run", "hang", "processes.hang_seconds=4")
     with Processes(command, 2, tmp_path, **cache) as both:
         both.wait_for(1, "FAULT hang")
         ends = both.ends(9)

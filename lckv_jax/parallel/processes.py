@@ -301,6 +301,4 @@ def check_same(name: str, value: dict[str, str]) -> None:
     if differing:
         shown = ", ".join(f"{key} {first.get(key, 'absent')} -> {value.get(key, 'absent')}" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(
-            f"another {name} than in process 0: {shown}{more}; start all processes with the same"
-        )
+        raise UserError(f"another {name} than in process 0: {shown}{more}; start all processes with the same")
