@@ -204,10 +204,11 @@ def _mesh(**shape):
     return SimpleNamespace(shape=shape)  # all that is asked of a mesh here, without the devices
 
 
-def on_eight_devices(script):
+def on_eight_devices(script, *arguments):
     """What a script says, in a process of its own, since the number of fake devices is fixed when jax starts."""
     folder = Path(__file__).parent
-    result = subprocess.run([sys.executable, folder / script], capture_output=True, text=True, cwd=folder.parent)
+    command = [sys.executable, folder / script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -216,6 +217,9 @@ def test_loss_gradients_and_accumulation_are_the_same_on_any_mesh():
     assert on_eight_devices("meshes.py").count("equal") == 4
 
 
-def test_ten_steps_are_the_same_on_any_mesh_and_fsdp_keeps_everything_split():
-    said = on_eight_devices("trajectories.py")
-    assert said.count("equal") == 8 and said.count("split") == 2
+@pytest.mark.parametrize(
+    ("which", "number"), [("some", 3), pytest.param("all", 8, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_ten_steps_are_the_same_on_any_mesh_and_fsdp_keeps_everything_split(which, number):
+    said = on_eight_devices("trajectories.py", which)
+    assert said.count("equal") == number and said.count("split") == 2

@@ -184,11 +184,56 @@ def test_fake_devices_are_made_and_said_to_be_fake(tiny_config):
 # ---------------------------------------------------------------- with the compiler for TPUs
 
 
-def planned(*arguments):
-    """GiB that the compiler plans on one chip, and the whole text."""
+@pytest.fixture
+def compiler():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip('libtpu absent: pip install "jax[tpu]", best in an environment of its own')
-    done = run(*arguments, timeout=1800)
+
+
+def planned(*arguments):
+    """GiB that the compiler plans on one chip, and the text after the formula's. One mesh, no noise, and it fits."""
+    done = run(*arguments, timeout=3600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    return float(re.search(r"all of it at once +([\d.,]+) MiB", done.stdout)[1].replace(",", "")) / 1024, done.stdout
+    compiled = done.stdout.partition("train step compiled")[2]
+    assert ": it fits" in compiled and "attention kernel: splash, the one for tpu" in compiled
+    return float(re.search(r"all of it at once +([\d.,]+) MiB", compiled)[1].replace(",", "")) / 1024, compiled
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize(
+    ("preset", "name", "mesh", "most"),
+    [
+        ("lckv-50m", "v5e-1", (), 15.75),
+        ("lckv-50m", "v6e-4", ("mesh.fsdp=4",), 31.25),
+        ("tinyllama-1b-lckv-w2", "v5e-16", ("mesh.fsdp=16",), 15.75),
+        ("tinyllama-1b-lckv-w2", "v6e-8", (), 31.25),
+    ],
+)
+def test_presets_fit_tpus(compiler, preset, name, mesh, most):
+    gib, text = planned(ROOT / "configs" / f"{preset}.yaml", "--compile", "--topology", name, *mesh)
+    assert 0.1 < gib < most
+    assert ("no collectives" in text) == name.endswith("-1")
+
+
+SMALL = ["data.seq_len=128", "data.batch_size=8", "model.head_dim=64", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+
+
+@pytest.mark.libtpu
+def test_slices_are_joined_by_data(compiler, tiny_config):
+    _, text = planned(tiny_config, "--compile", "--topology", "2xv5e-4", *SMALL)
+    assert text.startswith(" for 2xv5e-4, 8 TPU v5 lite devices in 2 slices (mesh data=2, fsdp=2, tensor=2)")
+    assert re.search(r"^  reduce-scatter|^  all-reduce", text, re.M)
+
+
+@pytest.mark.libtpu
+def test_a_step_that_does_not_fit_is_one_sentence(compiler, tiny_config):
+    done = run(tiny_config, "--compile", "--topology", "v5e-1", *SMALL[:1], "data.batch_size=262144")
+    assert done.returncode == 2 and done.stderr.startswith("error: the train step does not fit a TPU v5 lite: ")
+    assert "15.75G" in done.stderr and "train.accumulation=1" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.libtpu
+def test_a_layout_that_libtpu_refuses(compiler, tiny_config):
+    done = run(tiny_config, "--compile", "--topology", "v5e:3x3")
+    assert done.returncode == 2 and "libtpu refuses it" in done.stderr and done.stderr.count("\n") == 1
