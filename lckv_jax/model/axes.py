@@ -10,7 +10,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 _AXES: dict[str, tuple[str | tuple[str, ...] | None, str | tuple[str, ...] | None]] = {
     # dim: (parameters, activations)
     "B": (None, ("data", "fsdp")),
-    "T": (None, None),
+    "T": (None, None),  # split over tensor between layers, it would save 4 % of memory for 1.4 times the traffic (1.1B)
     "D": ("fsdp", None),
     "V": ("tensor", "tensor"),
     "N": ("tensor", "tensor"),
