@@ -109,8 +109,8 @@ def _memory_lines(config: RunConfig, topology: Topology | None) -> Iterator[str]
     kernel, reason = attention_kernel(config, None if topology is None else topology.platform)
     needs = _described_memory(config, topology, kernel)
     devices = math.prod(needs.mesh.values())
-    where = "" if topology is None else f" of {topology.name}"
-    yield f"memory of one device of {devices}{where} ({_mesh_text(needs.mesh)})"
+    where = None if topology is None else f"the {devices} of {topology.name}"
+    yield f"memory of one device of {where or devices} ({_mesh_text(needs.mesh)})"
     if topology is None and devices != jax.device_count():
         yield f"  (this machine has {jax.device_count()}: computed for the config's mesh, an axis of -1 taken as 1)"
     named = {"params": "parameters", "opt": f"optimiser state ({config.optimizer.name})", "ema": "average (ema)"}
@@ -140,7 +140,8 @@ def _stored_note(config: RunConfig, needs: Memory) -> str:
 
 def _compiled_lines(config: RunConfig, topology: Topology | None, devices: Sequence[Any] | None) -> Iterator[str]:
     step = compile_step(config, devices)
-    what = f"{math.prod(step.mesh.values())} {step.device_kind if topology else step.platform} devices"
+    number = math.prod(step.mesh.values())
+    what = f"{number} {step.device_kind if topology else step.platform} device{'s' if number > 1 else ''}"
     if topology is not None:
         what = f"{topology.name}, {what}" + (f" in {topology.slices} slices" if topology.slices > 1 else "")
     yield f"train step compiled for {what} ({_mesh_text(step.mesh)}) in {step.seconds:.1f} s"

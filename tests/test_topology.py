@@ -137,10 +137,10 @@ def describes(capsys, *arguments):
 def test_the_formula_is_told_for_hardware_that_is_not_there(tiny_config, capsys):
     text = describes(capsys, tiny_config, "--topology", "v5e-16", "mesh.fsdp=4", "data.batch_size=16",
                      "data.seq_len=128")  # fmt: skip
-    assert "memory of one device of 16 of v5e-16 (mesh data=4, fsdp=4, tensor=1)" in text
+    assert "memory of one device of the 16 of v5e-16 (mesh data=4, fsdp=4, tensor=1)" in text
     assert "attention kernel: splash, the one for tpu" in text and "this machine" not in text
     text = describes(capsys, tiny_config, "--topology", "gpu-4", "model.dtype=bfloat16")
-    assert "memory of one device of 4 of gpu-4" in text and "attention kernel: cudnn, the one for gpu" in text
+    assert "memory of one device of the 4 of gpu-4" in text and "attention kernel: cudnn, the one for gpu" in text
 
 
 def test_mistakes_are_one_sentence(tiny_config, capsys, monkeypatch):

@@ -10,6 +10,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 _AXES: dict[str, tuple[str | tuple[str, ...] | None, str | tuple[str, ...] | None]] = {
     # dim: (parameters, activations)
     "B": (None, ("data", "fsdp")),
+    # T whole between layers, too: to split it over tensor=4 saves 3 % of memory (standard map; LCKV: 30 %) for 1.4
+    # (1.3) times the traffic, by the compiler's plans for 1.1B on a v5e-16
     "T": (None, None),
     "D": ("fsdp", None),
     "V": ("tensor", "tensor"),
