@@ -169,10 +169,10 @@ def test_a_killed_process_takes_the_others_with_it(settings, cache, tmp_path):
 
 
 def test_a_process_that_hangs_ends_all_with_their_stacks(settings, cache, tmp_path):
-    command = faulty(settings, tmp_path / "run", "hang", "processes.hang_seconds=4")
+    command = faulty(settings, tmp_path / "run", "hang", "processes.hang_seconds=8")
     with Processes(command, 2, tmp_path, **cache) as both:
         both.wait_for(1, "FAULT hang")
-        ends = both.ends(9)
+        ends = both.ends(8 + 5)
     assert {end.code for end in ends} <= {142, 134} and 142 in {end.code for end in ends}, text_of(ends)
     assert "in faulty" in ends[1].text  # where it hung
     assert "Current thread" in ends[0].text or ends[0].code == 134
