@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(MISTAKE, str(error))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _failed(INTERRUPTED, "the reader of its output is gone") if _joined() else 0
     except KeyboardInterrupt:
         return _failed(INTERRUPTED, "stopped; nothing that was saved is lost: run the same command again")
     except Stopped as stopped:

@@ -31,6 +31,7 @@ from lckv_jax.step_folder import (
     Meta,
     State,
     Unusable,
+    agreed_steps,
     digest,
     list_steps,
     newest_usable,
@@ -142,7 +143,7 @@ def newest_meta(folder: str | Path) -> Meta | None:
     """The metadata (see `restore`) of the newest step in `folder` whose metadata is whole; None if there is none."""
     quieten_orbax()
     where = _absolute(folder)
-    for step in list_steps(where) if where.is_dir() else []:
+    for step in agreed_steps(where):
         try:
             return read_meta(where / str(step))
         except Unusable:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from lckv_jax.errors import UserError
 from lckv_jax.fingerprint import describe_leaves, host_fingerprint, leaves_by_path
 from lckv_jax.orbax_noise import reading_quietly
+from lckv_jax.parallel import processes
 
 # Why a file cannot be read although it may be whole.
 _PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
@@ -41,6 +42,16 @@ def list_steps(folder: epath.Path) -> list[int]:
     return sorted((int(path.name) for path in paths if path.is_dir() and any(path.iterdir())), reverse=True)
 
 
+def agreed_steps(folder: epath.Path) -> list[int]:
+    """The steps that process 0 finds in `folder`, in every process; none if it is not there.
+
+    Another host may still see what was there a minute ago, and a run that is being trained may save a step between two
+    looks: processes that went on from different steps would not notice.
+    """
+    found = processes.from_first("steps", lambda: json.dumps(list_steps(folder) if folder.is_dir() else []))
+    return json.loads(found)
+
+
 def newest_usable(
     folder: epath.Path, use: Callable[[epath.Path], T], report: Callable[[str], None]
 ) -> tuple[T, tuple[int, ...]] | None:
@@ -50,12 +61,12 @@ def newest_usable(
     """
     unusable: dict[int, str] = {}
     gone: set[int] = set()
-    while left := [step for step in list_steps(folder) if step not in unusable and step not in gone]:
+    while left := [step for step in agreed_steps(folder) if step not in unusable and step not in gone]:
         step = left[0]
         try:
             return use(folder / str(step)), tuple(unusable)
         except Unusable as problem:
-            if not (folder / str(step)).exists():
+            if step not in agreed_steps(folder):
                 gone.add(step)
                 continue
             report(f"checkpoints: step {step} is unusable: {problem}")
@@ -72,7 +83,7 @@ def newest_usable(
 def read_losses(folder: epath.Path) -> dict[int, float | None]:
     """The validation loss of each step in `folder`; None where the metadata has none or is damaged."""
     found: dict[int, float | None] = {}
-    for step in list_steps(folder) if folder.is_dir() else []:
+    for step in agreed_steps(folder):
         try:
             found[step] = read_meta(folder / str(step)).get("valid_loss")
         except Unusable:
@@ -105,9 +116,8 @@ def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[Stat
     rest = restored.pop("rest", {})
     state = {**restored, **rest}
     wrong = [path for path, leaf in describe_leaves(state).items() if leaf != meta["leaves"].get(path)]
-    if wrong:
-        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise Unusable(f"{wrong[0]}{others} differs from what was saved")
+    others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    _agree(f"{wrong[0]}{others} differs from what was saved" if wrong else "")
     return state, meta
 
 
@@ -175,9 +185,14 @@ def _together(action: Callable[[], T]) -> T:
             problem = _reason(error)
         if problem:
             gc.collect()  # coroutines that were never awaited warn when they are collected
+    _agree(problem)
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _agree(problem: str) -> None:
+    """Raises Unusable in all processes if one of them has a problem: each may have read bytes of its own."""
     if not np.all(multihost_utils.process_allgather(np.array(not problem))):
         raise Unusable(problem or "another process could not read it")
-    return result  # pyright: ignore[reportReturnType]
 
 
 def _root(error: BaseException) -> BaseException:

@@ -87,3 +87,12 @@ def test_an_exported_model_is_no_place_for_a_run(tmp_path):
     )  # of a run that was stopped before its first step
     run_folder.check_free(tmp_path)
     run_folder.check_free(tmp_path / "absent")
+
+
+def test_the_holder_is_on_disk_before_others_look_for_it(tmp_path, monkeypatch):
+    """A network file system may keep what is in an open file for half a minute."""
+    done = []
+    monkeypatch.setattr(run_folder.os, "fsync", lambda file: done.append("on disk"))
+    monkeypatch.setattr(run_folder.processes, "from_first", lambda name, make: done.append(name))
+    with held(tmp_path / "run", no_word):
+        assert done == ["on disk", "run folder"]

@@ -92,7 +92,7 @@ sys.exit(__main__.main(sys.argv[1:]))
 
 
 def test_sigterm_before_the_first_step(finished_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("lckv_jax.train.loop.prepare", lambda *arguments: send())
+    monkeypatch.setattr("lckv_jax.train.run_start.prepare", lambda *arguments: send())
     with pytest.raises(Stopped, match="nothing was lost"):
         train(load_config(finished_config, [f"out={tmp_path / 'other'}"]))
     assert not (tmp_path / "other").exists()

@@ -50,3 +50,10 @@ def test_the_limit_follows_the_steps(monkeypatch):
         assert watchdog.limit() == 20 * 50
     with Watchdog(7.0) as watchdog:
         assert watchdog.limit() == 7
+
+
+def test_it_ends_the_first_process_of_a_container():
+    """Which the kernel spares from every signal that it does not handle."""
+    alone = "import os, signal; os.getpid = lambda: 1; signal.setitimer = lambda *_: None"
+    done = run(f"{alone}\nwith Watchdog(0.3) as watchdog:\n    watchdog.feed()\n    time.sleep(30)")
+    assert done.returncode == 142

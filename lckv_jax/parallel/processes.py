@@ -145,24 +145,36 @@ def _ended() -> tuple[int, str] | None:
 
 def _follow(code: int, why: str, silent: bool = False) -> NoReturn:
     """Ends as another process did; silent: this one has the same to say."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _client().key_value_set(f"{_HEARD}/{index()}", "")
     if not silent:
-        print(f"process {index()} ends: {why}", file=sys.stderr, flush=True)
+        _tell(f"process {index()} ends: {why}")
+    _exit_when_heard(code)
+
+
+def _tell(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk, or a reader that is gone, must not keep the process
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def _exit_when_heard(code: int) -> NoReturn:
+    """Ends the process; process 0 once the others know why, for the store ends with it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no process 0 any more
+        _client().key_value_set(f"{_HEARD}/{index()}", "")
+    if index() == 0:
+        _wait_until_heard()
     _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
     """Ends the process without the interpreter's own end, which would wait for processes that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
 def _end_all(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """What Python does with an exception that nobody caught, for all processes."""
-    traceback.print_exception(kind, error, trace)
-    sys.stderr.flush()
+    _tell("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
     lost = _is_of_runtime(error)
     if lost:
         time.sleep(_LAST_WORDS_SECONDS)  # a collective that failed because a peer did: its own words may come
@@ -192,18 +204,18 @@ def leave(code: int, why: str, *, told: bool = False) -> NoReturn:
     if first is not None and why in first[1]:  # all have met the same
         _follow(*first, silent=True)
     if not told:
-        print(f"error: {me}: {why}", file=sys.stderr, flush=True)
+        _tell(f"error: {me}: {why}")
     if first is not None:
         _follow(*first)
     if code in (BUG, MISTAKE):
         for path in _fatal:
             with contextlib.suppress(OSError):
                 path.write_text(said + "\n", encoding="utf-8")
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # set by another one meanwhile, or no process 0 any more
+    try:
         _client().key_value_set(_ENDED, f"{code} {said}")
-    if index() == 0:  # the store ends with it
-        _wait_until_heard()
-    _exit(code)
+    except jax.errors.JaxRuntimeError:  # set by another one meanwhile, or no process 0 any more
+        code, _ = _ended() or (code, "")
+    _exit_when_heard(code)
 
 
 def _wait_until_heard() -> None:
@@ -219,6 +231,7 @@ def end() -> None:
     global _joined
     if _joined is None:
         return
+    wait_for_all("end")  # however long one takes; if it fails instead, the listener still hears of it
     _joined.leaving.set()
     _joined.listener.join()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # one that is gone by now has nothing to say

@@ -18,7 +18,7 @@ from lckv_jax.errors import UserError
 from lckv_jax.parallel import processes
 from lckv_jax.train.resume import Change
 
-_SEEN_SECONDS = 20.0  # until what one host writes is seen by another
+_SEEN_SECONDS = 75.0  # until what one host writes is seen by another: NFS may remember a folder for 60
 
 
 @contextlib.contextmanager
@@ -45,6 +45,7 @@ def held(out: Path, say: Callable[[str], object]) -> Iterator[None]:
             with written(path):
                 lock.truncate(0)
                 lock.write(_holder().encode())
+                os.fsync(lock.fileno())  # NFS sends what is in an open file when it likes
             processes.from_first("run folder", _holder)
             try:
                 with processes.fatal_told_in(out):
