@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -29,10 +30,11 @@ SLACK = 5.0  # seconds that a process may need to end
 
 
 def _fresh(place: Place, name: str, number: int) -> Path:
-    """The folder of a run that is not there yet."""
-    base = place.folder / "peers"
-    base.mkdir(exist_ok=True)
-    return base / f"{name}-{number}-{time.time_ns()}"
+    """The folder of a run, which is not there yet."""
+    out = place.folder / f"{name}-{number}"
+    shutil.rmtree(out, ignore_errors=True)
+    out.with_suffix(".stamp").unlink(missing_ok=True)
+    return out
 
 
 def _signalled(place: Place, out: Path, index: int, number: int, choose: random.Random) -> tuple[float, Group]:
@@ -47,7 +49,7 @@ def _signalled(place: Place, out: Path, index: int, number: int, choose: random.
 
 def _injected(place: Place, out: Path, kind: str, index: int, choose: random.Random) -> tuple[float, Group]:
     """A fault inside one process; seconds from it until all processes had ended."""
-    stamp = out.with_name(f"{out.name}.stamp")
+    stamp = out.with_suffix(".stamp")
     fault = {"kind": kind, "process": index, "step": choose.randrange(20, 60), "stamp": str(stamp)}
     group = start_group(place, out, fault=fault)
     wait_until(lambda: stamp.exists() or None not in group.codes(), "the fault")
