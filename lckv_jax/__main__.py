@@ -51,9 +51,12 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _describe(options: argparse.Namespace) -> None:
     from lckv_jax.describe import describe
+    from lckv_jax.parallel.topology import parse_topology
 
     plot = None if options.plot is None else Path(options.plot or f"{Path(options.config).stem}-map.png")
-    print(describe(load_config(options.config, options.overrides), compiled=options.compile, plot=plot))
+    topology = None if options.topology is None else parse_topology(options.topology)
+    config = load_config(options.config, options.overrides)
+    print(describe(config, compiled=options.compile, plot=plot, topology=topology))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -168,6 +171,14 @@ _VERIFY = _Argument("--verify", {"action": "store_true", "help": "only check the
 _COMPILE = _Argument(
     "--compile", {"action": "store_true", "help": "compile the train step; tell its memory and collectives"}
 )
+_TOPOLOGY = _Argument(
+    "--topology",
+    {
+        "metavar": "NAME",
+        "help": "hardware that need not be there, such as v5e-16, 2xv5p-64, or gpu-8 (fake devices); for --compile, "
+        "TPUs need libtpu",
+    },
+)
 _PLOT = _Argument(
     "--plot", {"nargs": "?", "const": "", "metavar": "FILE", "help": "draw the map (default: CONFIG's name-map.png)"}
 )
@@ -204,7 +215,7 @@ _COMMANDS = {
     "prepare": _Command(_prepare, "text to token shards (train does it where it is missing)",
                         (_CONFIG, _OVERRIDES, _VERIFY)),
     "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
-                         (_CONFIG, _OVERRIDES, _COMPILE, _PLOT)),
+                         (_CONFIG, _OVERRIDES, _COMPILE, _TOPOLOGY, _PLOT)),
     "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
     "generate": _Command(_generate, "text from a checkpoint", (_CHECKPOINT, _GENERATION)),
     "bench": _Command(_bench, "what sharing buys at inference: latency, throughput, memory; goes on by itself",
@@ -238,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = _find(words[0])
         command.function(_parser(words[0], command).parse_intermixed_args(words[1:]))
     except UserError as error:
-        return _failed(MISTAKE, f"error: {error}")
+        return _failed(MISTAKE, str(error))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -252,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(code: int, words: str) -> int:
     if processes := _joined():
         processes.leave(code, words)
-    print(words, file=sys.stderr)
+    print(f"error: {words}" if code == MISTAKE else words, file=sys.stderr)
     return code
 
 

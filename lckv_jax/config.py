@@ -212,8 +212,8 @@ class ProcessesConfig(Frozen):
     hang_seconds: float | None = Field(
         default=None,
         gt=0.0,
-        description="without a step: stacks are printed and the process ends; 10 times as long until the first step is "
-        "made; null = 20 times the median step, at least 300, and no limit if there is one process",
+        description="without a step: stacks are printed and the process ends; 10 times as long where it compiles, "
+        "validates, saves or restores; null = 20 times the median step, at least 300, or no limit for one process",
     )
 
 

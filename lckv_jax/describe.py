@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lckv_jax.compiled import compile_step
+from lckv_jax.compiled import TOGETHER, compile_step
 from lckv_jax.config import ModelConfig, RunConfig
 from lckv_jax.map_plot import draw_map
 from lckv_jax.memory import Memory, cache_bytes, memory
 from lckv_jax.model.kernels import choose_backend
 from lckv_jax.model.transformer import dim_sizes, parameter_dims
+from lckv_jax.parallel.topology import Topology, abstract_mesh, described_devices
 from lckv_jax.sharing import KVSharing
 
 
@@ -24,25 +26,35 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(sizes[dim] for dim in dims) for dims in jax.tree.leaves(parameter_dims(config)))
 
 
-def attention_kernel(config: RunConfig) -> tuple[str, str]:
-    """The attention kernel that is described, and why: the config's own, or by `auto` that of this machine."""
-    platform = {"cudnn": "gpu", "splash": "tpu"}.get(config.model.attention)  # which need not be this machine's
+def attention_kernel(config: RunConfig, platform: str | None = None) -> tuple[str, str]:
+    """The attention kernel that is described, and why: the config's own, or by `auto` that of the platform.
+
+    platform: `cpu`, `gpu` or `tpu`; if not given, where the config's own kernel runs, or this machine's.
+    """
+    if platform is None:
+        platform = {"cudnn": "gpu", "splash": "tpu"}.get(config.model.attention)  # which need not be this machine's
     return choose_backend(config.model, platform, seq_len=config.data.seq_len)
 
 
-def describe(config: RunConfig, *, compiled: bool = False, plot: Path | None = None) -> str:
+def describe(
+    config: RunConfig, *, compiled: bool = False, plot: Path | None = None, topology: Topology | None = None
+) -> str:
     """The sharing map as a diagram; parameters, KV cache and FLOPs beside those of the standard map; the memory of a
     device, by formula.
 
-    compiled: also compile the train step for the devices there are, and tell its memory and collectives.
-    plot: also draw the map into this file. Raises UserError if the mesh does not divide what it splits.
+    compiled: also compile the train step, and tell its memory and collectives. plot: also draw the map into this file.
+    topology: hardware that need not be there, instead of the devices there are; jax must not have used any yet.
+    Raises UserError if the mesh does not divide what it splits.
     """
-    lines = [*_map_lines(config), "", *_cost_lines(config), "", *_memory_lines(config)]
+    devices = None
+    if topology is not None and compiled:
+        devices = described_devices(topology)
+    lines = [*_map_lines(config), "", *_cost_lines(config), "", *_memory_lines(config, topology)]
     if plot is not None:
         draw_map(config.model, plot)
         lines += ["", f"map drawn in {plot}"]
     if compiled:
-        lines += ["", *_compiled_lines(config)]
+        lines += ["", *_compiled_lines(config, topology, devices)]
     return "\n".join(lines)
 
 
@@ -89,12 +101,17 @@ def _cost_lines(config: RunConfig) -> Iterator[str]:
         yield f"{name:<36} {mine:>16,.{digits}f} {theirs:>16,.{digits}f} {mine / theirs:>7.3f}"
 
 
-def _memory_lines(config: RunConfig) -> Iterator[str]:
-    kernel, reason = attention_kernel(config)
-    needs = memory(config, kernel)
+def _described_memory(config: RunConfig, topology: Topology | None, kernel: str) -> Memory:
+    return memory(config, kernel, None if topology is None else abstract_mesh(config.mesh, topology))
+
+
+def _memory_lines(config: RunConfig, topology: Topology | None) -> Iterator[str]:
+    kernel, reason = attention_kernel(config, None if topology is None else topology.platform)
+    needs = _described_memory(config, topology, kernel)
     devices = math.prod(needs.mesh.values())
-    yield f"memory of one device of {devices} ({_mesh_text(needs.mesh)})"
-    if devices != jax.device_count():
+    where = "" if topology is None else f" of {topology.name}"
+    yield f"memory of one device of {devices}{where} ({_mesh_text(needs.mesh)})"
+    if topology is None and devices != jax.device_count():
         yield f"  (this machine has {jax.device_count()}: computed for the config's mesh, an axis of -1 taken as 1)"
     named = {"params": "parameters", "opt": f"optimiser state ({config.optimizer.name})", "ema": "average (ema)"}
     for part, name in named.items():
@@ -106,7 +123,10 @@ def _memory_lines(config: RunConfig) -> Iterator[str]:
         "copies of weights", needs.copies, f"slices in {config.model.dtype}, gathered over fsdp, gradients"
     )
     yield _memory_row("stored activations", needs.stored, _stored_note(config, needs))
-    fused = "" if kernel != "xla" else f"; {memory(config, 'fused').working / 2**20:,.1f} with a fused attention kernel"
+    fused = ""
+    if kernel == "xla":
+        working = _described_memory(config, topology, "fused").working
+        fused = f"; {working / 2**20:,.1f} with a fused attention kernel"
     yield _memory_row("at work", needs.working, f"the layer or piece of the loss that needs most{fused}")
     yield _memory_row("together", sum(needs.state.values()) + needs.step, "")
     yield "  all but the exact rows by formula: within 1.5x of what XLA plans where it saves memory"
@@ -118,25 +138,41 @@ def _stored_note(config: RunConfig, needs: Memory) -> str:
     return f"{needs.rows} x {config.data.seq_len:,} tokens, remat: {config.model.remat}{passes}"
 
 
-def _compiled_lines(config: RunConfig) -> Iterator[str]:
-    step = compile_step(config)
-    devices = math.prod(step.mesh.values())
-    yield f"train step compiled for {devices} {step.platform} devices ({_mesh_text(step.mesh)}) in {step.seconds:.1f} s"
+def _compiled_lines(config: RunConfig, topology: Topology | None, devices: Sequence[Any] | None) -> Iterator[str]:
+    step = compile_step(config, devices)
+    what = f"{math.prod(step.mesh.values())} {step.device_kind if topology else step.platform} devices"
+    if topology is not None:
+        what = f"{topology.name}, {what}" + (f" in {topology.slices} slices" if topology.slices > 1 else "")
+    yield f"train step compiled for {what} ({_mesh_text(step.mesh)}) in {step.seconds:.1f} s"
+    kernel, reason = attention_kernel(config, topology and step.platform)
+    if topology is not None:
+        yield f"  {reason}"
+        if not topology.layout:
+            yield "  (fake devices of this machine: arguments and collectives are the mesh's, temporaries are a CPU's)"
     if step.memory is None:
         yield "  this compiler does not tell what memory it plans"
     else:
-        for name, size in step.memory.items():
-            yield _memory_row(name, size, "")
-        formula = memory(config, attention_kernel(config)[0]).step
-        yield f"  the formula says {formula / step.memory['temporaries']:.2f} x these temporaries"
-        if step.platform == "cpu":
-            yield "  (on CPU XLA gives memory for parallelism, up to 2.5x where layers are not scanned)"
+        yield from _planned_lines(config, topology, step.memory, kernel, step.platform)
     if not step.collectives:
         yield "  no collectives"
         return
     yield "  collectives in the program text, bytes on one device; those inside loops run several times"
     for kind, number, size in step.collectives:
         yield _memory_row(kind, size, f"{number:,} times")
+
+
+def _planned_lines(
+    config: RunConfig, topology: Topology | None, planned: dict[str, int], kernel: str, platform: str
+) -> Iterator[str]:
+    for name, size in planned.items():
+        yield _memory_row(name, size, "")
+    if topology is not None and topology.hbm is not None:
+        share = planned[TOGETHER] / topology.hbm
+        yield _memory_row("of one chip's memory", topology.hbm, f"{share:.1%}: it fits")
+    formula = _described_memory(config, topology, kernel).step
+    yield f"  the formula says {formula / planned['temporaries']:.2f} x these temporaries"
+    if platform == "cpu":
+        yield "  (on CPU XLA gives memory for parallelism, up to 2.5x where layers are not scanned)"
 
 
 def _mesh_text(mesh: dict[str, int]) -> str:

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lckv_jax.parallel import processes
+
 _PIECE = 2**22  # elements
 
 
 def describe_leaves(tree: Any) -> dict[str, list]:
     """For each leaf by path: dtype, shape and fingerprint, as JSON data. Waits for the leaves."""
     leaves = leaves_by_path(tree)
+    processes.compile_together(_fingerprints, leaves)
     prints = jax.device_get(_fingerprints(leaves))
     return {path: [str(leaf.dtype), list(leaf.shape), int(prints[path])] for path, leaf in leaves.items()}
 

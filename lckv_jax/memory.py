@@ -58,12 +58,13 @@ def planned_mesh(config: MeshConfig) -> Mesh | AbstractMesh:
         return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def memory(config: RunConfig, backend: str) -> Memory:
+def memory(config: RunConfig, backend: str, mesh: Any = None) -> Memory:
     """The memory of a run on one device of its mesh, with the attention kernel `backend`; all but `xla` are fused.
 
+    mesh: `planned_mesh` if not given; it may be an abstract one.
     Raises UserError if an axis of the mesh does not divide what it splits.
     """
-    mesh: Any = planned_mesh(config.mesh)
+    mesh = planned_mesh(config.mesh) if mesh is None else mesh
     micro_batch = config.data.batch_size // config.train.accumulation
     check_sizes(config.model, config.data.batch_size, mesh)
     check_micro_batch(config, mesh)

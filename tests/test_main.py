@@ -126,7 +126,10 @@ def test_a_tokenizer_larger_than_the_vocabulary(tiny_config, tmp_path, capsys):
     [
         (["trian"], ["'trian'", "did you mean train?"]),
         (["xyz"], ["'xyz'", "(commands: train, prepare, describe"]),
-        (["train"], ["train: ", "required: CONFIG", "write python -m lckv_jax train [--coordinator", "CONFIG [a.b=c ...]"]),
+        (
+            ["train"],
+            ["train: ", "required: CONFIG", "write python -m lckv_jax train [--coordinator", "CONFIG [a.b=c ...]"],
+        ),
         (["evaluate"], ["required: CHECKPOINT"]),
         (["describe", "x.yaml", "--polt"], ["describe: ", "--polt", "[--plot [FILE]]"]),
         (["train", "x.yaml", "--verify"], ["train: ", "--verify"]),

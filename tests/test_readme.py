@@ -1,7 +1,10 @@
 """The README's commands, as written: `make` targets exist, and every `python -m lckv_jax` line runs."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 LINES = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [line[line.index("lckv_jax") + 1 :] for line in LINES if "lckv_jax" in line]
+LAUNCHED = [line for line in LINES if line[1:2] == ["launch/local.py"]]
+COMMANDS = [line[line.index("lckv_jax") + 1 :] for line in LINES if "lckv_jax" in line and line not in LAUNCHED]
 # the same command on the smallest scale, away from the user's folders
 SMALL = ["model.vocab_size=512", "model.hidden_size=32", "data.seq_len=32", "data.batch_size=2", "train.steps=2",
          "optimizer.warmup_steps=1", "train.eval_batches=1"]  # fmt: skip
@@ -40,6 +44,24 @@ def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
         command = [*command, *SMALL, *sources, f"out={tmp_path / 'run'}", f"data.folder={tmp_path / 'data'}"]
     assert main(command) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", LAUNCHED, ids=" ".join)
+def test_launched_command_runs(line, tmp_path):
+    words = [sys.executable if word == ".venv/bin/python" else word for word in line[1:]]
+    if "train" in words:
+        words += [
+            *SMALL,
+            "data.sources=README.md",
+            "data.validation=docs/*.md",
+            "data.tokenizer=bytes",
+            f"out={tmp_path}",
+        ]
+        words += [f"data.folder={tmp_path / 'data'}"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("done: 2 steps" if "train" in words else "2 process(es)") in done.stdout
 
 
 def test_make_targets_are_the_plain_commands():

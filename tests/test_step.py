@@ -204,13 +204,22 @@ def _mesh(**shape):
     return SimpleNamespace(shape=shape)  # all that is asked of a mesh here, without the devices
 
 
-def test_loss_gradients_and_accumulation_are_the_same_on_any_mesh():
-    """In a process of its own, since the number of fake devices is fixed when jax starts."""
-    result = subprocess.run(
-        [sys.executable, Path(__file__).parent / "meshes.py"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
+def on_eight_devices(script, *arguments):
+    """What a script says, in a process of its own, since the number of fake devices is fixed when jax starts."""
+    folder = Path(__file__).parent
+    command = [sys.executable, folder / script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("equal") == 4
+    return result.stdout
+
+
+def test_loss_gradients_and_accumulation_are_the_same_on_any_mesh():
+    assert on_eight_devices("meshes.py").count("equal") == 4
+
+
+@pytest.mark.parametrize(
+    ("which", "number"), [("some", 3), pytest.param("all", 8, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_ten_steps_are_the_same_on_any_mesh_and_fsdp_keeps_everything_split(which, number):
+    said = on_eight_devices("trajectories.py", which)
+    assert said.count("equal") == number and said.count("split") == 2

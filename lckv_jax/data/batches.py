@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -160,7 +160,7 @@ def batches(
 class _Picked:
     """Of every `batch_size` elements of a data set those numbered `rows`, by index."""
 
-    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
+    def __init__(self, dataset: Any, batch_size: int, rows: Sequence[int]) -> None:
         self._dataset, self._batch_size, self._rows = dataset, batch_size, rows
 
     def __len__(self) -> int:

@@ -67,7 +67,13 @@ def resolve(wanted: str, call: Call) -> tuple[str, str]:
 
 
 def local_platform() -> str:
-    """`cpu`, `tpu`, `gpu` for an NVIDIA GPU of compute capability 8.0 or later, else the name of the device."""
+    """`cpu`, `tpu`, `gpu` for an NVIDIA GPU of compute capability 8.0 or later, else the name of the device.
+
+    Of this process, unless the mesh in scope is one of TPUs: a step may be compiled for those where there are none.
+    """
+    scope = jax.sharding.get_abstract_mesh().abstract_device
+    if scope is not None and scope.platform == "tpu":
+        return "tpu"
     device = jax.local_devices()[0]
     if device.platform != "gpu":
         return device.platform

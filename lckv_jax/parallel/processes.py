@@ -71,8 +71,9 @@ def start(flags: Flags, config: ProcessesConfig) -> Identity:
                 f"({identity.how}): {' '.join(str(error).split())[:200]}; is that the address of process 0, and the "
                 "port free?"
             ) from error
-    _listen()
-    sys.excepthook = _end_all
+    if (distributed.global_state.num_processes or 1) > 1:
+        _listen()
+        sys.excepthook = _end_all
     return identity
 
 
@@ -106,7 +107,7 @@ def _bounded(identity: Identity, config: ProcessesConfig) -> Iterator[None]:
 
 def count() -> int:
     """How many processes this run has."""
-    return distributed.global_state.num_processes or 1 if _joined else 1
+    return (distributed.global_state.num_processes or 1) if _joined else 1
 
 
 def index() -> int:
@@ -185,12 +186,13 @@ def leave(code: int, why: str, *, told: bool = False) -> NoReturn:
     if _joined is None:
         _exit(code)
     _joined.leaving.set()
-    said = f"process {index()} on {socket.gethostname()} failed: {why}"
+    me = f"process {index()} on {socket.gethostname()}"
+    said = f"{me} failed: {why}"
     first = _ended()
     if first is not None and why in first[1]:  # all have met the same
         _follow(*first, silent=True)
     if not told:
-        print(f"process {index()}: {why}", file=sys.stderr, flush=True)
+        print(f"error: {me}: {why}", file=sys.stderr, flush=True)
     if first is not None:
         _follow(*first)
     if code in (BUG, MISTAKE):
@@ -260,6 +262,17 @@ def wait_for_all(name: str) -> None:
         _client().wait_at_barrier(_round(name), _LONG_MS)
 
 
+def compile_together(function: jax.stages.Wrapped, *arguments: Any) -> None:
+    """Compiles a program before its first call, in every process, and returns when all have.
+
+    A process that compiles longer than the others would be missed by them in the program's first collective, whose
+    transport waits for 30 seconds only.
+    """
+    if count() > 1:
+        function.lower(*arguments).compile()
+        wait_for_all("compiled")
+
+
 def from_first(name: str, make: Callable[[], str]) -> str:
     """What `make` returns in process 0, in every process; it is called there only."""
     if count() == 1:
@@ -288,7 +301,4 @@ def check_same(name: str, value: dict[str, str]) -> None:
     if differing:
         shown = ", ".join(f"{key} {first.get(key, 'absent')} -> {value.get(key, 'absent')}" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(
-            f"process {index()} on {socket.gethostname()} has another {name} than process 0: {shown}{more}; start all "
-            "processes with the same"
-        )
+        raise UserError(f"another {name} than in process 0: {shown}{more}; start all processes with the same")

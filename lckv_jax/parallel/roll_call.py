@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,16 @@ def _about_me() -> dict[str, object]:
 def _add_up(sharding: NamedSharding) -> float:
     """Seconds of an all-reduce in which every device adds its number, compiled before; raises UserError if it errs."""
     size, number = _BYTES // 4, sharding.mesh.size
-    ones = jax.make_array_from_callback(
-        (number, size), sharding, lambda index: np.full((1, size), index[0].indices(number)[0] + 1, np.float32)
-    )
+
+    def row(index: Any) -> np.ndarray:
+        return np.full((1, size), index[0].indices(number)[0] + 1, np.float32)
+
+    numbers = jax.make_array_from_callback((number, size), sharding, row)
     add_up = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
-    times = []
+    total, times = add_up(numbers), []
     for _ in range(3):
         started = time.monotonic()
-        total = jax.block_until_ready(add_up(ones))
+        jax.block_until_ready(add_up(numbers))
         times.append(time.monotonic() - started)
     expected = number * (number + 1) / 2
     if not np.all(np.asarray(total.addressable_data(0)) == expected):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -24,7 +26,7 @@ def global_batch(
     place = {row: number for number, row in enumerate(rows)}
 
     def array(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             return local[[place[row] for row in range(batch_size)[index[0]]]]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)

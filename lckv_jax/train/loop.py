@@ -230,6 +230,8 @@ class _Run:
         for step in range(self.start + 1, train.steps + 1):
             batch = self.placed(next(rows), "train")
             wait = self.clock.lap("data")
+            if step == self.start + 1:
+                processes.compile_together(step_function, state, batch)
             with run_folder.written(self.out):
                 state, metrics = self.profiler.run(step, step_function, state, batch)
             self.read(pending)
@@ -326,7 +328,10 @@ class _Run:
         total, count = 0.0, 0
         train = self.config.train
         for index in range(min(train.eval_batches * train.accumulation, len(dataset))):
-            nll, tokens = self.evaluate(evaluated_params(state), self.placed(dataset[index], "valid"))
+            arguments = evaluated_params(state), self.placed(dataset[index], "valid")
+            if index == 0:
+                processes.compile_together(self.evaluate, *arguments)
+            nll, tokens = self.evaluate(*arguments)
             total, count = total + float(nll), count + int(tokens)
         loss = total / count
         if not math.isfinite(loss):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lckv_jax
 from lckv_jax import checkpoint
 from lckv_jax.config import RunConfig
 from lckv_jax.data.prepare import Manifest, load_prepared, prepare
@@ -21,7 +20,7 @@ from lckv_jax.train.metrics import read_metrics
 
 def check_same_everywhere(config: RunConfig) -> None:
     """Raises UserError if a process has another config, code or libraries that compute and save than process 0."""
-    sources = sorted(Path(lckv_jax.__file__).parent.rglob("*.py"))
+    sources = sorted(Path(__file__).parent.parent.rglob("*.py"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "orbax-checkpoint", "grain")}
     fields = {field: json.dumps(value) for field, value in resume.fields(config).items()}

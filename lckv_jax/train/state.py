@@ -16,6 +16,7 @@ from jax.tree_util import DictKey
 
 from lckv_jax.config import RunConfig
 from lckv_jax.model.transformer import init_params
+from lckv_jax.parallel import processes
 from lckv_jax.parallel.mesh import parameter_shardings
 from lckv_jax.train.spikes import no_spikes
 
@@ -59,7 +60,9 @@ def init_state(
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     if params is None:
-        return jax.jit(lambda: _initial(config, optimizer, _seeded(config)), out_shardings=shardings)()
+        make = jax.jit(lambda: _initial(config, optimizer, _seeded(config)), out_shardings=shardings)
+        processes.compile_together(make)
+        return make()
     return jax.jit(partial(_initial, config, optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 

@@ -202,7 +202,7 @@ def make_train_step(
     )
 
 
-def make_eval_step(config: RunConfig) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(config: RunConfig) -> jax.stages.Wrapped:
     """Compiled (params, batch) -> (summed negative log-likelihood in nats, tokens), with the model config's m and b."""
 
     @jax.jit

@@ -1,0 +1,42 @@
+"""`python tests/faulty_train.py FAULT PROCESS STEP train CONFIG ...`: the command, with a fault in one process.
+
+FAULT: raise, hang (in Python), user (a UserError) or kill, before batch number STEP of this start is used, also those
+of validation; or elsewhere: each process works in the folder STEP/PROCESS, and does not wait for others to see it.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from lckv_jax import __main__ as command
+from lckv_jax.errors import UserError
+from lckv_jax.train import loop, run_folder
+
+fault, process, step, *words = sys.argv[1:]
+if fault == "elsewhere":
+    os.makedirs(os.path.join(step, process))
+    os.chdir(os.path.join(step, process))
+    run_folder._SEEN_SECONDS = 1.0
+seen = 0
+original = loop.global_batch
+
+
+def faulty(*arguments):
+    global seen
+    seen += 1
+    if fault != "elsewhere" and seen == int(step) and os.environ.get("JAX_PROCESS_ID", "0") == process:
+        print(f"FAULT {fault}", flush=True)
+        if fault == "raise":
+            raise RuntimeError("a fault on purpose")
+        if fault == "user":
+            raise UserError("a mistake on purpose; mend it")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while fault == "hang":
+            time.sleep(1)
+    return original(*arguments)
+
+
+loop.global_batch = faulty
+command._leave(command.main(words))
