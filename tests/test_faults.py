@@ -4,11 +4,13 @@ import random
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks.faults.__main__ import ROWS, line, main, update
 from benchmarks.faults.damage import KINDS, break_file
 from benchmarks.faults.runs import Result, resumed_from
+from lckv_jax.parallel import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,6 +25,23 @@ def test_damage_is_damage(tmp_path, kind, content):
             assert not (tmp_path / "file").exists()
         else:
             assert (tmp_path / "file").read_bytes() != content
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:22178"), True),
+        (jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Buffer Definition Event: Gloo AllReduce failed"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("a fault was injected"), False),
+    ],
+)
+def test_what_a_dead_peer_causes_is_no_bug(error, lost):
+    """Found by `kills`: a process in a barrier of a save met the first one, and the launcher gave up."""
+    assert bool(processes._is_of_runtime(error)) == lost
+    wrapped = RuntimeError("a save failed")
+    wrapped.__cause__ = error
+    assert bool(processes._is_of_runtime(wrapped)) == lost
 
 
 def test_where_a_run_went_on():
