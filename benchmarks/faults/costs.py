@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def processes(place: Place, rounds: int, seed: int) -> Result:
         for count, seconds in medians.items():
             layout = prepare(place.folder / f"layout-{count}", count, 4 // count)
             out, log = layout.folder / "run", layout.folder / "log"
-            subprocess.run(["rm", "-rf", str(out)], check=True)
+            shutil.rmtree(out, ignore_errors=True)
             launcher = layout.launch(out, log, "train.save_every=1000", "train.eval_every=1000", "mesh.fsdp=4")
             check_code(launcher.wait(timeout=PATIENCE), 0, log)
             records = [record for record in read_metrics(out / "metrics.jsonl") if "loss" in record]

@@ -31,7 +31,7 @@ SLACK = 5.0  # seconds that a process may need to end
 
 def _fresh(place: Place, name: str, number: int) -> Path:
     """The folder of a run, which is not there yet."""
-    out = place.folder / f"{name}-{number}"
+    out = place.folder / f"peer-{name}-{number}"
     shutil.rmtree(out, ignore_errors=True)
     out.with_suffix(".stamp").unlink(missing_ok=True)
     return out
@@ -39,7 +39,7 @@ def _fresh(place: Place, name: str, number: int) -> Path:
 
 def _signalled(place: Place, out: Path, index: int, number: int, choose: random.Random) -> tuple[float, Group]:
     """Sends a signal to one process amid the steps; seconds until all others (SIGTERM: all) had ended."""
-    group = running_group(place, out, choose.randrange(4, 30))
+    group = running_group(place, out, choose.randrange(4, 30), "processes.hang_seconds=600")  # not the watchdog
     group.processes[index].send_signal(number)
     sent = time.monotonic()
     others = [process for i, process in enumerate(group.processes) if number == signal.SIGTERM or i != index]

@@ -231,9 +231,9 @@ def start_group(place: Place, out: Path, *overrides: str, fault: dict | None = N
     return Group(processes, logs)
 
 
-def running_group(place: Place, out: Path, step: int) -> Group:
+def running_group(place: Place, out: Path, step: int, *overrides: str) -> Group:
     """The processes of a run, when it has made so many steps, or has ended."""
-    group = start_group(place, out)
+    group = start_group(place, out, *overrides)
     wait_until(lambda: steps_made(out) >= step or None not in group.codes(), f"step {step}")
     return group
 
