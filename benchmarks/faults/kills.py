@@ -87,6 +87,9 @@ class Victim:
         if moment == "step":
             time.sleep(self.choose.uniform(0.0, 2.0))
         else:
+            for _ in range(self.choose.randrange(3)):  # of the first to the third save
+                self._wait(lambda: is_saving(self.out), "a save", pause=0.001)
+                self._wait(lambda: not is_saving(self.out), "its end", pause=0.001)
             self._wait(lambda: is_saving(self.out), "a save", pause=0.001)
             time.sleep(self.choose.uniform(0.0, 0.3))
 
