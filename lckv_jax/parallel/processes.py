@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -32,6 +33,7 @@ _ENDED = "lckv_jax/ended"  # key: exit code, a space, and why; what comes first 
 _HEARD = "lckv_jax/heard"  # key of each process that knows of it
 _POLL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 2.0
+_STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")  # JAX may raise ValueError
 _LONG_MS = 7 * 86400 * 1000  # for what another process does: if it fails or dies, this one ends too
 
 
@@ -183,7 +185,7 @@ def _end_all(kind: type[BaseException], error: BaseException, trace: Any) -> Non
 
 def _is_of_runtime(error: BaseException) -> bool:
     """Whether a collective failed, or whatever else in the runtime except for too little memory."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and _STATUS.match(str(error))):
         return "RESOURCE_EXHAUSTED" not in str(error)
     cause = error.__cause__ or error.__context__
     return cause is not None and _is_of_runtime(cause)
