@@ -1,6 +1,7 @@
 """One run a folder, and no trace of a run that never was."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -28,6 +29,31 @@ def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
             pass
         assert (tmp_path / "run" / "run.lock").exists()
     assert not (tmp_path / "run").exists()  # nothing was left in it
+
+
+def test_what_a_dead_host_has_locked_is_waited_for(tmp_path, monkeypatch):
+    """Its file server gives the lock away after a while; the test lets go of it at the second look."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(run_folder, "_DEAD_SECONDS", 30.0)
+    with (tmp_path / "run" / "run.lock").open("w") as theirs:
+        theirs.write("process 1 on another-host")
+        theirs.flush()
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        monkeypatch.setattr(run_folder.time, "sleep", lambda _: fcntl.flock(theirs, fcntl.LOCK_UN))
+        with held(tmp_path / "run", no_word):
+            assert str(os.getpid()) in (tmp_path / "run" / "run.lock").read_text()
+
+
+def test_another_host_that_lives_keeps_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(run_folder, "_DEAD_SECONDS", 0.0)
+    with (tmp_path / "run" / "run.lock").open("w") as theirs:
+        theirs.write("process 1 on another-host")
+        theirs.flush()
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        told = pytest.raises(UserError, match="is being trained by process 1 on another-host")
+        with told, held(tmp_path / "run", no_word):
+            pass
 
 
 def test_a_killed_run_lets_go(tmp_path):

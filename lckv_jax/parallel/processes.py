@@ -25,7 +25,7 @@ from jax._src import distributed  # the key-value store has no public name
 
 from lckv_jax.config import ProcessesConfig
 from lckv_jax.errors import BUG, MISTAKE, PEER_FAILED, UserError
-from lckv_jax.parallel.identity import Flags, Identity, identify, is_on_tpu, visible_gpus
+from lckv_jax.parallel.identity import ALONE, Flags, Identity, identify, is_on_tpu, visible_gpus
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ _ENDED = "lckv_jax/ended"  # key: exit code, a space, and why; what comes first 
 _HEARD = "lckv_jax/heard"  # key of each process that knows of it
 _POLL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 2.0
+_OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE")  # another try fails too
 _STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")  # JAX may raise ValueError
 _LONG_MS = 7 * 86400 * 1000  # for what another process does: if it fails or dies, this one ends too
 
@@ -55,6 +56,8 @@ def start(flags: Flags, config: ProcessesConfig) -> Identity:
     identity = identify(flags, os.environ, visible_gpus(os.environ), is_on_tpu(os.environ))
     if identity.processes == 1:
         return identity
+    if not getattr(jax.config, "jax_enable_preemption_service"):  # noqa: B009 - the type checker does not know it
+        raise UserError("JAX_ENABLE_PREEMPTION_SERVICE is false, but SIGTERM is told to all processes by it; unset it")
     with _bounded(identity, config):
         try:
             jax.distributed.initialize(
@@ -68,6 +71,8 @@ def start(flags: Flags, config: ProcessesConfig) -> Identity:
                 shutdown_timeout_seconds=round(config.shutdown_seconds),
             )
         except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+            if identity.how == "TPU" and distributed.global_state.coordinator_address is None:
+                return ALONE  # a TPU that no cluster of JAX' own knows, as in a notebook
             raise UserError(
                 f"process {_text(identity.process)} cannot meet the others at {_text(identity.coordinator)} "
                 f"({identity.how}): {' '.join(str(error).split())[:200]}; is that the address of process 0, and the "
@@ -184,9 +189,9 @@ def _end_all(kind: type[BaseException], error: BaseException, trace: Any) -> Non
 
 
 def _is_of_runtime(error: BaseException) -> bool:
-    """Whether a collective failed, or whatever else in the runtime except for too little memory."""
+    """Whether a collective failed, or whatever else in the runtime that is not the program's own fault."""
     if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and _STATUS.match(str(error))):
-        return "RESOURCE_EXHAUSTED" not in str(error)
+        return not str(error).startswith(_OF_THE_PROGRAM)
     cause = error.__cause__ or error.__context__
     return cause is not None and _is_of_runtime(cause)
 

@@ -149,6 +149,11 @@ def _start(
     return run, state, make_train_step(config, optimizer, mesh)
 
 
+def _profile_folder(out: Path) -> Path:
+    """Of this process: the profiler names its files after the host, on which there may be several."""
+    return out / "profile" / (f"process-{processes.index()}" if processes.count() > 1 else "")
+
+
 class _Datasets(NamedTuple):
     train: Any
     valid: Any
@@ -199,7 +204,7 @@ class _Run:
             self.account = Account(read_metrics(self.out / "metrics.jsonl"), start, clock)
             self.writers = open_writers(config, self.out, start, self.account.record(start))
         self.progress = ProgressLine(console, start, config.train.steps, config.train.log_every)
-        self.profiler = Profiler(config.metrics.profile, self.out / "profile", self.progress.say)
+        self.profiler = Profiler(config.metrics.profile, _profile_folder(self.out), self.progress.say)
         self.evaluate = make_eval_step(config)
         mesh = jax.sharding.get_mesh()
         self.sharding, self.devices = batch_sharding(mesh), mesh.size

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from lckv_jax.config import RunConfig, config_json
 from lckv_jax.data.tokenizer import tokenizer_files
@@ -18,7 +18,10 @@ from lckv_jax.errors import UserError
 from lckv_jax.parallel import processes
 from lckv_jax.train.resume import Change
 
+T = TypeVar("T")
+
 _SEEN_SECONDS = 75.0  # until what one host writes is seen by another: NFS may remember a folder for 60
+_DEAD_SECONDS = 120.0  # until a server gives away what a dead host has locked
 
 
 @contextlib.contextmanager
@@ -64,17 +67,31 @@ def _holder() -> str:
 
 def _check_seen(out: Path) -> None:
     """Raises UserError if this process does not see the folder that process 0 holds."""
-    holder, until = processes.from_first("run folder", _holder), time.monotonic() + _SEEN_SECONDS
-    while True:
+    holder = processes.from_first("run folder", _holder)
+
+    def look() -> None:
         with contextlib.suppress(OSError):
             if (out / "run.lock").read_text(encoding="utf-8") == holder:
                 return
-        if time.monotonic() > until:
-            raise UserError(
-                f"{out} of process 0 is not seen on {socket.gethostname()}; give `out` on a file system that all "
-                "processes share"
-            )
-        time.sleep(0.1)
+        raise UserError(
+            f"{out} of process 0 is not seen on {socket.gethostname()}; give `out` on a file system that all "
+            "processes share"
+        )
+
+    seen(look)
+
+
+def seen(look: Callable[[], T]) -> T:
+    """What `look` returns, which raises UserError while it does not see what another host wrote; after a while so does
+    this."""
+    until = time.monotonic() + _SEEN_SECONDS
+    while True:
+        try:
+            return look()
+        except UserError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
 
 
 def check_free(out: Path) -> None:
@@ -100,14 +117,23 @@ def _is_there(path: Path, lock: IO[bytes]) -> bool:
 
 
 def _lock(lock: IO[bytes], out: Path, say: Callable[[str], object]) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().decode(errors="replace") or "another process"
-        raise UserError(f"{out} is being trained by {holder}; wait until it ends, or choose another `out`") from error
-    except OSError as error:  # some network file systems have no locks
-        say(f"{out}: cannot be locked ({error.strerror}); see to it that no second run uses it")
+    """Locks the file; raises UserError if another run has it, of another host only after a while: hosts die too."""
+    until = time.monotonic() + _DEAD_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().decode(errors="replace") or "another process"
+            if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > until:
+                raise UserError(
+                    f"{out} is being trained by {holder}; wait until it ends, or choose another `out`"
+                ) from error
+            time.sleep(1.0)
+        except OSError as error:  # some network file systems have no locks
+            say(f"{out}: cannot be locked ({error.strerror}); see to it that no second run uses it")
+            return
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lckv_jax.parallel import processes
 from lckv_jax.train import resume, run_folder
 from lckv_jax.train.metrics import read_metrics
 
+_COMPILER = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")  # variables
+
 
 def check_same_everywhere(config: RunConfig) -> None:
     """Raises UserError if a process has another config, code or libraries that compute and save than process 0."""
@@ -24,7 +27,8 @@ def check_same_everywhere(config: RunConfig) -> None:
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "orbax-checkpoint", "grain")}
     fields = {field: json.dumps(value) for field, value in resume.fields(config).items()}
-    processes.check_same("config or code", {"code of lckv_jax": code, **versions, **fields})
+    compiler = {name: value for name, value in os.environ.items() if name.startswith(_COMPILER)}
+    processes.check_same("config or code", {"code of lckv_jax": code, **versions, **compiler, **fields})
 
 
 def hang_seconds(config: RunConfig) -> float | None:
@@ -40,7 +44,7 @@ def prepare_all(config: RunConfig, say: Callable[[str], None]) -> Manifest:
         processes.wait_for_all("data")
     else:
         processes.wait_for_all("data")
-        manifest = load_prepared(config.data, config.model.vocab_size)
+        manifest = run_folder.seen(lambda: load_prepared(config.data, config.model.vocab_size))
     processes.check_same("data", {"manifest": manifest.hash[:12], "tokenizer": manifest.tokenizer_fingerprint[:12]})
     return manifest
 
