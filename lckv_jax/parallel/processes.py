@@ -33,6 +33,7 @@ _ENDED = "lckv_jax/ended"  # key: exit code, a space, and why; what comes first 
 _HEARD = "lckv_jax/heard"  # key of each process that knows of it
 _POLL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 2.0
+_LAST_BREATH_SECONDS = 0.5  # between hearing of it and being gone; JAX aborts whom process 0 leaves before
 _OF_THE_PROGRAM = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE")  # another try fails too
 _STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")  # JAX may raise ValueError
 _LONG_MS = 7 * 86400 * 1000  # for what another process does: if it fails or dies, this one ends too
@@ -231,6 +232,7 @@ def _wait_until_heard() -> None:
         left = max(1, round(1000 * (until - time.monotonic())))
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().blocking_key_value_get(f"{_HEARD}/{process}", left)
+    time.sleep(_LAST_BREATH_SECONDS)
 
 
 def end() -> None:
