@@ -171,7 +171,7 @@ def kills(place: Place, rounds: int, seed: int) -> Result:
         f"{len({what.partition(':')[0] for what in differing})} of them not bit-identical; {again} steps made again"
     )
     return Result(
-        "`kill -9` of the first, the last, all processes or the launcher, half of them during saves",
+        "`kill -9` of the first, the last, all processes or the launcher, at random moments, also during saves",
         "goes on from the newest checkpoint; the end is bit-identical",
         rounds,
         found,
