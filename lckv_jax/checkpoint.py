@@ -26,6 +26,7 @@ from lckv_jax.config import RunConfig, build_config, config_json
 from lckv_jax.errors import UserError
 from lckv_jax.fingerprint import describe_leaves, leaves_by_path
 from lckv_jax.orbax_noise import draining_loops, quieten_orbax, reading_quietly, system_reason
+from lckv_jax.parallel import processes
 from lckv_jax.retention import Retention
 from lckv_jax.step_folder import (
     Meta,
@@ -308,6 +309,8 @@ def _failures_told(manager: ocp.CheckpointManager) -> Iterator[None]:
         yield
     except Exception as error:
         reason = system_reason(error)
+        if isinstance(error, TimeoutError) and processes.count() == 1:  # of several it ends all, to start again
+            reason = "it took too long, or the clock was set ahead"
         if reason is None:
             raise
         steps = list_steps(manager.directory)

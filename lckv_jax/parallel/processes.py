@@ -191,6 +191,8 @@ def _end_all(kind: type[BaseException], error: BaseException, trace: Any) -> Non
 
 def _is_of_runtime(error: BaseException) -> bool:
     """Whether a collective failed, or whatever else in the runtime that is not the program's own fault."""
+    if isinstance(error, TimeoutError):
+        return True  # orbax waited for the others, by a clock that may have been set ahead
     if isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and _STATUS.match(str(error))):
         return not str(error).startswith(_OF_THE_PROGRAM)
     cause = error.__cause__ or error.__context__

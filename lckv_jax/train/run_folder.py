@@ -141,6 +141,8 @@ def written(path: Path) -> Iterator[None]:
     """What the system has against writing `path` becomes a UserError."""
     try:
         yield
+    except TimeoutError:  # somebody was waited for; nothing is wrong with the path
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
