@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from lckv_jax.config import RunConfig, build_config, config_json
 from lckv_jax.errors import UserError
 from lckv_jax.fingerprint import describe_leaves, leaves_by_path
+from lckv_jax.orbax_barrier import make_barrier
 from lckv_jax.orbax_noise import draining_loops, quieten_orbax, reading_quietly, system_reason
 from lckv_jax.parallel import processes
 from lckv_jax.retention import Retention
@@ -81,7 +82,8 @@ def open_checkpoints(folder: str | Path, keep: int, keep_best: int = 0) -> Itera
         if jax.process_index() == 0 and where.exists():
             _remove_leftovers(where)
         policy = Retention(keep, keep_best, read_losses(where))
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
+        waiting = ocp.AsyncOptions(barrier_sync_fn=make_barrier())
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting)
         with reading_quietly():
             manager = ocp.CheckpointManager(where, options=options)
     except OSError as error:
