@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SAVE_SECONDS = 14 * 86400  # measured by a clock that may be set; heartbeats and the watchdog end what takes too long
+
 
 class Stored(NamedTuple):
     """A checkpoint whose parameters lie on disk and are read one leaf at a time.
@@ -82,7 +84,7 @@ def open_checkpoints(folder: str | Path, keep: int, keep_best: int = 0) -> Itera
         if jax.process_index() == 0 and where.exists():
             _remove_leftovers(where)
         policy = Retention(keep, keep_best, read_losses(where))
-        waiting = ocp.AsyncOptions(barrier_sync_fn=make_barrier())
+        waiting = ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, barrier_sync_fn=make_barrier())
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting)
         with reading_quietly():
             manager = ocp.CheckpointManager(where, options=options)
