@@ -316,7 +316,8 @@ def main(words: Sequence[str] | None = None) -> int:
     options, command = _options(sys.argv[1:] if words is None else words)
     out = out_of(command)
     if "train" in command and out is None:
-        _say("without out=OUT in the command a restart sees no progress, and only the first few are made")
+        most = options.restarts_without_progress
+        _say(f"the command names no out=OUT, so progress is not seen: at most {most} restarts")
     try:
         return launch(
             command,

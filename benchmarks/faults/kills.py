@@ -105,13 +105,13 @@ class Victim:
         return self.launcher is not None and self.launcher.poll() is not None
 
     def _children(self) -> list[int]:
+        """The processes of the run; not those of the last attempt, killed but not yet seen dead by the launcher."""
         assert self.launcher is not None
         try:
-            return sorted(
-                map(int, Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text().split())
-            )
+            children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text().split()
         except FileNotFoundError:
             return []
+        return sorted(pid for pid in map(int, children) if _is_alive(pid))
 
     def _look_back(self) -> None:
         """Whether the stretch that has ended began at the newest checkpoint of its time."""
@@ -119,7 +119,7 @@ class Victim:
         self.read += len(text.encode())
         self.unusable += text.count("is unusable")
         start = resumed_from(text)
-        if start is None and re.search(r"step +\d+/", text):
+        if start is None and re.search(r"step +1/", text):
             start = -1  # from the beginning
         if start is not None:
             self.resumed += 1

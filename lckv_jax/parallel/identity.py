@@ -66,7 +66,7 @@ def _explicit(how: str, names: Sequence[str], values: Sequence[str | int | None]
     if not all(count.isdecimal() for count in counts) or not int(counts[1]) < int(counts[0]):
         raise UserError(f"{how}: {names[1]}={counts[0]} and {names[2]}={counts[1]}; N processes are numbered 0 to N-1")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"{how}: {names[0]}={address} is not HOST:PORT, such as 10.0.0.1:8476, the same everywhere")
     return Identity(how, address, int(counts[0]), int(counts[1])) if int(counts[0]) > 1 else ALONE
 

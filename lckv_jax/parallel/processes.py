@@ -95,10 +95,11 @@ def _bounded(identity: Identity, config: ProcessesConfig) -> Iterator[None]:
 
     def give_up() -> None:
         address = identity.coordinator or distributed.global_state.coordinator_address
+        unknown = "" if address is None or _is_known(address) else ", a name that is not known here"
         print(
             f"error: process {_text(identity.process)} waited {config.initialize_seconds:g} s for all "
-            f"{_text(identity.processes)} processes to meet at {_text(address)} ({identity.how}); see that each was "
-            "started, with that address, and can reach it, or raise processes.initialize_seconds",
+            f"{_text(identity.processes)} processes to meet at {_text(address)}{unknown} ({identity.how}); see that each "
+            "was started, with that address, and can reach it, or raise processes.initialize_seconds",
             file=sys.stderr,
             flush=True,
         )
@@ -111,6 +112,14 @@ def _bounded(identity: Identity, config: ProcessesConfig) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _is_known(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        return bool(socket.getaddrinfo(host.strip("[]"), int(port)))
+    except OSError:
+        return False
 
 
 def count() -> int:
@@ -186,6 +195,8 @@ def _end_all(kind: type[BaseException], error: BaseException, trace: Any) -> Non
     lost = _is_of_runtime(error)
     if lost:
         time.sleep(_LAST_WORDS_SECONDS)  # a collective that failed because a peer did: its own words may come
+        if _ended() is None:
+            _tell(f"process {index()} ends: it lost another process, or a collective failed; who died first says why")
     leave(PEER_FAILED if lost else BUG, f"{kind.__name__}: {' '.join(str(error).split())[:300]}", told=True)
 
 

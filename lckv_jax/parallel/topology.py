@@ -85,9 +85,9 @@ def _number(chip: _Chip, layout: str) -> int:
 def _unknown(name: str) -> UserError:
     known = [f"{kind}-{_number(chip, layout)}" for kind, chip in _CHIPS.items() for layout in chip.layouts]
     near = difflib.get_close_matches(name.lower(), known, 3, 0.5)
-    mend = f"did you mean {' or '.join(near)}? " if near else ""
+    mend = f"; did you mean {' or '.join(near)}?" if near else ""
     return UserError(
-        f"--topology {name}: there is no such hardware; {mend}(known: v5e-N and v6e-N of N chips, v5p-N of N/2, as in "
+        f"--topology {name}: there is no such hardware{mend} (known: v5e-N and v6e-N of N chips, v5p-N of N/2, as in "
         "v5e-16 or v5e:4x4; 2xv5e-16 of two slices; cpu-N and gpu-N of N fake devices)"
     )
 

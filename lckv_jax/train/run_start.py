@@ -28,7 +28,10 @@ def check_same_everywhere(config: RunConfig) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "orbax-checkpoint", "grain")}
     fields = {field: json.dumps(value) for field, value in resume.fields(config).items()}
     compiler = {name: value for name, value in os.environ.items() if name.startswith(_COMPILER)}
-    processes.check_same("config or code", {"code of lckv_jax": code, **versions, **compiler, **fields})
+    processes.check_same(
+        "config or code",
+        {"number of processes": str(processes.count()), "code of lckv_jax": code, **versions, **compiler, **fields},
+    )
 
 
 def hang_seconds(config: RunConfig) -> float | None:
