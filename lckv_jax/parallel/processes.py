@@ -98,8 +98,8 @@ def _bounded(identity: Identity, config: ProcessesConfig) -> Iterator[None]:
         unknown = "" if address is None or _is_known(address) else ", a name that is not known here"
         print(
             f"error: process {_text(identity.process)} waited {config.initialize_seconds:g} s for all "
-            f"{_text(identity.processes)} processes to meet at {_text(address)}{unknown} ({identity.how}); see that each "
-            "was started, with that address, and can reach it, or raise processes.initialize_seconds",
+            f"{_text(identity.processes)} processes to meet at {_text(address)}{unknown} ({identity.how}); see that "
+            "each was started, with that address, and can reach it, or raise processes.initialize_seconds",
             file=sys.stderr,
             flush=True,
         )
