@@ -302,7 +302,7 @@ def test_a_clock_that_went_back_does_not_put_off_the_next_save(tiny_config, monk
     overdue = []
     for now in (10_030.0, 500.0, 530.0, 561.0):
         monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda now=now: now))
-        overdue.append(run.save_is_overdue())
+        overdue.append(run.save_is_overdue(step=1))
     assert overdue == [False, False, False, True]
 
 
