@@ -23,9 +23,9 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from lckv_jax.config import RunConfig, build_config, config_json
-from lckv_jax.errors import UserError
+from lckv_jax.errors import Stopped, UserError
 from lckv_jax.fingerprint import describe_leaves, leaves_by_path
-from lckv_jax.orbax_barrier import make_barrier
+from lckv_jax.orbax_barrier import waiting
 from lckv_jax.orbax_noise import draining_loops, quieten_orbax, reading_quietly, system_reason
 from lckv_jax.parallel import processes
 from lckv_jax.retention import Retention
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-
-_SAVE_SECONDS = 14 * 86400  # measured by a clock that may be set; heartbeats and the watchdog end what takes too long
 
 
 class Stored(NamedTuple):
@@ -84,18 +82,22 @@ def open_checkpoints(folder: str | Path, keep: int, keep_best: int = 0) -> Itera
         if jax.process_index() == 0 and where.exists():
             _remove_leftovers(where)
         policy = Retention(keep, keep_best, read_losses(where))
-        waiting = ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, barrier_sync_fn=make_barrier())
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting())
         with reading_quietly():
             manager = ocp.CheckpointManager(where, options=options)
     except OSError as error:
         raise UserError(f"{where}: cannot hold checkpoints: {error.strerror or error}") from error
     with draining_loops():
+        closes = True
         try:
             yield manager
+        except BaseException as error:  # of several processes all end; a save may wait for one that waits for this one
+            closes = processes.count() == 1 or isinstance(error, Stopped)
+            raise
         finally:
-            with _failures_told(manager):
-                manager.close()
+            if closes:
+                with _failures_told(manager):
+                    manager.close()
 
 
 def save(
@@ -313,8 +315,6 @@ def _failures_told(manager: ocp.CheckpointManager) -> Iterator[None]:
         yield
     except Exception as error:
         reason = system_reason(error)
-        if isinstance(error, TimeoutError) and processes.count() == 1:  # of several it ends all, to start again
-            reason = "it took too long, or the clock was set ahead"
         if reason is None:
             raise
         steps = list_steps(manager.directory)

@@ -6,6 +6,13 @@ import sys
 
 import orbax.checkpoint as ocp
 
+_SAVE_SECONDS = 14 * 86400  # measured by a clock that may be set; heartbeats and the watchdog end what takes too long
+
+
+def waiting() -> ocp.AsyncOptions:
+    """How the processes wait for each other in a save that goes on in the background."""
+    return ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, barrier_sync_fn=make_barrier())
+
 
 def make_barrier() -> ocp.multihost.BarrierSyncFn:
     """The barrier of orbax, but for a process whose save has failed: it does not wait, but tells.
