@@ -270,7 +270,7 @@ def test_mistakes(words: list[str], says: str) -> None:
 
 def test_a_training_without_out_is_warned_of() -> None:
     done = subprocess.run([sys.executable, LOCAL, "-n", "1", "--", "echo", "train"], capture_output=True, text=True)
-    assert done.returncode == 0 and "without out=OUT" in done.stderr
+    assert done.returncode == 0 and "names no out=OUT" in done.stderr
 
 
 def test_out_is_the_last_one_named() -> None:
