@@ -102,7 +102,7 @@ def test_the_first_loss_is_that_of_the_converted_parameters(source, make, capsys
     params, before, _ = checkpoint.load(source)
     params, _ = reshare(params, before.model, config.model.sharing)
     manifest = prepare(config.data, config.model.vocab_size)
-    batch = next(iter(iterate(loop._batches(config, manifest, "train"), 0)))
+    batch = next(iter(iterate(loop._batches(config, manifest, "train", make_mesh(config.mesh)), 0)))
     total, aux = jax.jit(lambda params: loss_sum(params, config.model, batch, chunk=256))(params)
     records = [record for record in read_metrics(Path(config.out) / "metrics.jsonl") if "loss" in record]
     assert records[0]["loss"] == pytest.approx(float(total / aux["count"]), abs=1e-5)
