@@ -7,11 +7,11 @@ import struct
 import sys
 from types import SimpleNamespace
 
-import jax
 import pytest
 from small_runs import run_config
 
 from lckv_jax.errors import UserError
+from lckv_jax.parallel import processes
 from lckv_jax.train import writers
 from lckv_jax.train.metrics import read_metrics
 from lckv_jax.train.writers import check_writers, open_writers, scalars
@@ -179,7 +179,7 @@ def test_what_wandb_says_is_passed_on_and_the_other_files_are_closed(tmp_path, m
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "index", lambda: 1)
     write_steps(run_config(tmp_path, {"tensorboard": True}), tmp_path, 0, 2)
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src import distributed  # the key-value store has no public name
@@ -26,8 +26,6 @@ from jax._src import distributed  # the key-value store has no public name
 from lckv_jax.config import ProcessesConfig
 from lckv_jax.errors import BUG, MISTAKE, PEER_FAILED, UserError
 from lckv_jax.parallel.identity import ALONE, Flags, Identity, identify, is_on_tpu, visible_gpus
-
-T = TypeVar("T")
 
 _ENDED = "lckv_jax/ended"  # key: exit code, a space, and why; what comes first counts
 _HEARD = "lckv_jax/heard"  # key of each process that knows of it

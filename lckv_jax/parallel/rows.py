@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 
+@lru_cache(maxsize=8)  # asked in every step
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
     """The rows of a batch that devices of this process hold, ascending.
 
@@ -19,15 +22,15 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
     return tuple(sorted({row for index in slices if index is not None for row in range(batch_size)[index[0]]}))
 
 
-def global_batch(
-    sharding: NamedSharding, batch_size: int, rows: tuple[int, ...], batch: dict[str, np.ndarray]
-) -> dict[str, jax.Array]:
-    """Arrays [B, ...] of all processes, each of which gives its own `rows` of them, in that order."""
-    place = {row: number for number, row in enumerate(rows)}
+def global_batch(sharding: NamedSharding, batch_size: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Arrays [B, ...] of all processes, each of which gives its `local_rows` of them."""
+    rows = local_rows(sharding, batch_size)
 
     def array(local: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
-            return local[[place[row] for row in range(batch_size)[index[0]]]]
+            start, stop, _ = index[0].indices(batch_size)
+            first = bisect_left(rows, start)
+            return local[first : first + stop - start]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 

@@ -270,8 +270,7 @@ class _Run:
 
     def placed(self, rows: dict[str, np.ndarray], split: str) -> dict[str, jax.Array]:
         """A batch over all devices, from the rows of this process."""
-        size = _batch_size(self.config, split)
-        return global_batch(self.sharding, size, local_rows(self.sharding, size), rows)
+        return global_batch(self.sharding, _batch_size(self.config, split), rows)
 
     def save_is_overdue(self, step: int) -> bool:
         """Whether save_minutes have passed; of several processes the first decides, when a line is due to be told."""

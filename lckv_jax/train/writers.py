@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-
 from lckv_jax.config import MetricsConfig, RunConfig, config_json
 from lckv_jax.errors import UserError
+from lckv_jax.parallel import processes
 from lckv_jax.train.metrics import MetricsFile, Record, naming
 
 _FLUSH_SECONDS = 10.0  # a flush waits for the disk
@@ -60,7 +59,7 @@ def open_writers(config: RunConfig, out: Path, start_step: int, account: Record 
     metrics.jsonl, so that no kill comes between. `write` and `close` raise OSError with the name of
     the file that cannot be written; opening W&B raises UserError where it refuses.
     """
-    if jax.process_index() != 0:
+    if processes.index() != 0:
         return Writers([])
     with contextlib.ExitStack() as stack:  # if one cannot be opened, the others are closed
         writers: list[Writer] = []
