@@ -52,17 +52,18 @@ def _is_largest(record: Record) -> bool:
 
 
 def table(records: Sequence[Record]) -> Iterator[str]:
-    """Lines of about 110 columns."""
+    """Lines of about 110 columns; caches in the order in which they were asked for."""
     width = max(len(_name(record)) for record in records) + 2
+    caches = list(dict.fromkeys(record["identity"]["cache"] for record in records))
 
     def group(record: Record) -> tuple:
         identity = record["identity"]
-        return identity["prompt"], identity["new"], identity["cache"], identity["memory_cap_bytes"]
+        return identity["prompt"], identity["new"], caches.index(identity["cache"]), identity["memory_cap_bytes"]
 
     for (prompt, new, cache, cap), rows in itertools.groupby(sorted(records, key=group), key=group):
         group_records = list(rows)
         yield ""
-        yield f"{prompt}+{new} tokens, cache {cache}{_cap_text(cap, group_records)}"
+        yield f"{prompt}+{new} tokens, cache {caches[cache]}{_cap_text(cap, group_records)}"
         yield " " * width + "".join(f"{name:>{size}}" for name, size in _COLUMNS.items())
         for record in group_records:
             yield f"{_name(record):<{width}}" + _row(record)
