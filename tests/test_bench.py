@@ -446,6 +446,13 @@ def test_a_table_without_numbers_has_no_legend():
     assert list(table([lost]))[-1].endswith("does not fit: so it is")
 
 
+def test_caches_stand_in_the_order_in_which_they_were_asked_for():
+    asked = cell().identity.model_dump()
+    records = [record_of({"identity": asked | {"cache": cache}}) for cache in ("sinks(4,252)", "sinks(4,1020)")]
+    heads = [line for line in table(records) if ", cache " in line]
+    assert [head.rpartition("cache ")[2] for head in heads] == ["sinks(4,252)", "sinks(4,1020)"]
+
+
 def test_the_table_says_which_code_gave_the_numbers_and_what_a_peak_is():
     first, second = (record_of({"identity": cell(batch=batch).identity.model_dump()}) for batch in (1, 2))
     first["facts"]["commit"] = second["facts"]["commit"] = "abc"
