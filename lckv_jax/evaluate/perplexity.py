@@ -19,11 +19,12 @@ from lckv_jax.checkpoint import load
 from lckv_jax.config import ModelConfig, Sources, read_overrides
 from lckv_jax.decode.spec import CacheSpec, cache_texts
 from lckv_jax.errors import UserError
-from lckv_jax.evaluate.cache_quality import CacheReport, cache_table, measure_caches, perplexity_of
+from lckv_jax.evaluate.cache_quality import CacheReport, cache_table, measure_caches
 from lckv_jax.evaluate.decode_path import Prompt, check_spec, decode_lists
 from lckv_jax.evaluate.position_plot import check_format, draw_positions
 from lckv_jax.evaluate.progress import telling
 from lckv_jax.evaluate.rows import Batch, Text, groups, list_batch, read_text, text_batches, text_pieces
+from lckv_jax.evaluate.statistics import perplexity_of
 from lckv_jax.model.kernels import choose_backend
 from lckv_jax.model.layers import Params
 from lckv_jax.model.loss import IGNORED, token_nll
@@ -258,6 +259,8 @@ def _writable(out: str) -> Path:
 
 def plain(value: Any) -> Any:
     """Named tuples as mappings, and null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, tuple):
         names = getattr(value, "_fields", None)
         return [*map(plain, value)] if names is None else dict(zip(names, map(plain, value)))

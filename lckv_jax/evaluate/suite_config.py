@@ -13,6 +13,7 @@ from lckv_jax.decode.spec import CacheSpec, cache_texts
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.decode_path import check_spec
 from lckv_jax.evaluate.perplexity import as_passes
+from lckv_jax.evaluate.windows import check_stride
 from lckv_jax.model_config import Frozen, Positive
 
 
@@ -86,11 +87,11 @@ class TasksConfig(Frozen):
     names: Strings = Field(default=(), description="tasks, such as hellaswag or lambada_openai (see docs/evaluate.md)")
     data: str | None = Field(
         default=None,
-        description="folder of their .jsonl or .jsonl.gz files, which may begin with ~ or a $VARIABLE; null = those of "
-        "the harness, from the network",
+        description="folder of the .jsonl files that the tasks in configs/eval/ name, which may begin with ~ or a "
+        "$VARIABLE; null = the current one. Tasks of the harness' hub need none",
     )
     limit: Positive | None = Field(default=None, description="items of each task, the first ones; null = all")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of what a task draws, such as its bootstrap")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of what a task draws, such as few-shot examples")
     max_length: Positive | None = Field(
         default=None, description="tokens that an item may have, before it is cut from the left; null = data.seq_len"
     )
@@ -123,15 +124,6 @@ class SuiteConfig(Frozen):
         if self.out is not None and "://" in self.out:
             raise ValueError(f"out={self.out} is a bucket; give a local or mounted folder")
         return self
-
-
-def check_stride(stride: int, seq_len: int) -> None:
-    """Raises ValueError, which pydantic makes a sentence of, for windows that would leave tokens out."""
-    if stride > seq_len:
-        raise ValueError(
-            f"stride={stride} is longer than seq_len={seq_len}, and the tokens between two windows were never "
-            f"predicted; give at most {seq_len}"
-        )
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.errors import UserError
-from lckv_jax.evaluate.cache_quality import perplexity_of
 from lckv_jax.evaluate.rows import Batch, Text, document_sizes, padded_length
+from lckv_jax.evaluate.statistics import Estimate, perplexity, perplexity_of, ratio
 from lckv_jax.model.layers import Params
 from lckv_jax.model.loss import IGNORED, token_nll
 from lckv_jax.model.refine import Passes
@@ -64,9 +64,7 @@ def plan_windows(lengths: Sequence[int], seq_len: int, stride: int) -> list[Wind
     stream predicts from all of its tokens, the others only what is new: the tokens that those before them did not
     predict, each from more than seq_len - stride tokens. Raises UserError if the stride is longer than a window.
     """
-    if stride > seq_len:
-        raise UserError(f"stride={stride} is longer than seq_len={seq_len}, so some tokens were never predicted; give "
-                        f"a stride of at most {seq_len}")  # fmt: skip
+    check_stride(stride, seq_len)
     found = []
     for stream, length in enumerate(lengths):
         done = start = 0
@@ -75,6 +73,15 @@ def plan_windows(lengths: Sequence[int], seq_len: int, stride: int) -> list[Wind
             found.append(Window(stream, start, done, stop))
             start, done = start + stride, stop
     return found
+
+
+def check_stride(stride: int, seq_len: int) -> None:
+    """Raises UserError for windows that would leave tokens out."""
+    if stride > seq_len:
+        raise UserError(
+            f"stride={stride} is longer than seq_len={seq_len}, and the tokens between two windows were never "
+            f"predicted; give a stride of at most {seq_len}"
+        )
 
 
 def pack_rows(windows: Sequence[Window], columns: int) -> list[list[int]]:
@@ -172,9 +179,7 @@ def _batch(
     return batch
 
 
-def _numbered(
-    windows: Sequence[Window], nats: Sequence[np.ndarray]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _numbered(windows: Sequence[Window], nats: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For each prediction of each stream the tokens that it is made from, and the number of its window."""
     reads, numbers = ([np.zeros(len(x), np.int64) for x in nats] for _ in range(2))
     for number, (stream, start, first, stop) in enumerate(windows):
@@ -184,13 +189,6 @@ def _numbered(
 
 
 # ---------------------------------------------------------------- report
-
-
-class Estimate(NamedTuple):
-    """A number and its standard error; None where there is a single document or window."""
-
-    value: float
-    stderr: float | None
 
 
 class PositionScore(NamedTuple):
@@ -283,7 +281,7 @@ def measure_windows(
         windows=scored.windows,
         bytes=text.bytes,
         nats=mean,
-        perplexity=_perplexity(mean),
+        perplexity=perplexity(mean),
         bits_per_byte=bits,
         clusters=len(np.unique(over)),
         clustered_over="documents" if over is document else "windows",
@@ -314,23 +312,7 @@ def _documents(text: Text) -> np.ndarray:
 
 def _mean(nats: np.ndarray, over: np.ndarray) -> Estimate:
     _, cluster = np.unique(over, return_inverse=True)
-    return _ratio(np.bincount(cluster, nats), np.bincount(cluster))
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> Estimate:
-    """sum(above) / sum(below) over clusters, with the standard error of a ratio by linearisation (Cochran 1977, 6.4)."""
-    n, total = len(above), math.fsum(below)
-    value = math.fsum(above) / total
-    if n < 2:
-        return Estimate(value, None)
-    squares = math.fsum((above - value * below) ** 2)
-    return Estimate(value, math.sqrt(n / (n - 1) * squares) / total)
-
-
-def _perplexity(nats: Estimate) -> Estimate:
-    """The standard error by the delta method."""
-    value = perplexity_of(nats.value)
-    return Estimate(value, None if nats.stderr is None else value * nats.stderr)
+    return ratio(np.bincount(cluster, nats), np.bincount(cluster))
 
 
 def _bits_per_byte(nats: np.ndarray, over: np.ndarray, size: int, sizes: Sequence[int] | None) -> Estimate:
@@ -341,17 +323,15 @@ def _bits_per_byte(nats: np.ndarray, over: np.ndarray, size: int, sizes: Sequenc
         return Estimate(value, None if mean.stderr is None else value * mean.stderr / mean.value)
     numbers, cluster = np.unique(over, return_inverse=True)
     bits = np.bincount(cluster, nats) / math.log(2)
-    return Estimate(value, _ratio(bits, np.asarray(sizes, np.float64)[numbers]).stderr)
+    return Estimate(value, ratio(bits, np.asarray(sizes, np.float64)[numbers]).stderr)
 
 
-def _by_position(
-    nats: np.ndarray, over: np.ndarray, position: np.ndarray, size: int
-) -> tuple[PositionScore, ...]:
+def _by_position(nats: np.ndarray, over: np.ndarray, position: np.ndarray, size: int) -> tuple[PositionScore, ...]:
     found = []
     for bucket in np.unique(position // size).tolist():
         here = position // size == bucket
         mean = _mean(nats[here], over[here])
-        found.append(PositionScore(bucket * size, (bucket + 1) * size, int(here.sum()), mean, _perplexity(mean)))
+        found.append(PositionScore(bucket * size, (bucket + 1) * size, int(here.sum()), mean, perplexity(mean)))
     return tuple(found)
 
 
