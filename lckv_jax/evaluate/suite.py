@@ -47,7 +47,7 @@ def evaluate_suite(checkpoint: str, path: str, overrides: Sequence[str] = ()) ->
         if wanted.out is None:
             subject = subject._replace(folder=_writable(folder / f"{Path(path).stem}-{subject.step}"))
         averaged = ", averaged parameters" if run.train.ema_decay else ""
-        say(f"{checkpoint}, step {subject.step}{averaged}: {len(entries)} entries, results in {subject.folder}")
+        say(f"{checkpoint}, step {subject.step}{averaged}: {len(entries)} entries, results in {_shown(subject.folder)}")
         say(choose_backend(subject.model)[1])
         told = facts(checkpoint, path, config_json(wanted), subject)
         done: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ def evaluate_suite(checkpoint: str, path: str, overrides: Sequence[str] = ()) ->
             done.append(record)
             missing = [f"{entry.kind} {entry.name}" for entry in entries[len(done) :]]
             write_report(subject.folder, {**told, "missing": missing, "entries": done})
-        say(f"wrote {subject.folder / 'results.json'} and {subject.folder / 'results.md'}")
+        say(f"wrote {_shown(subject.folder / 'results.json')} and {_shown(subject.folder / 'results.md')}")
 
 
 def _load(checkpoint: str, wanted: SuiteConfig, folder: Path, console: Console) -> Subject:
@@ -126,6 +126,11 @@ def _stored(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _shown(path: Path) -> str:
+    """The path as one would write it here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _writable(folder: Path) -> Path:

@@ -134,6 +134,9 @@ def _head(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _windows(records: Sequence[Record]) -> Iterator[str]:
+    yield "Every token is predicted once, from more than window - stride tokens of its document, but for its beginning."
+    yield "± is a standard error over documents, or over windows where there are fewer than ten."
+    yield ""
     yield from _grid(
         ("entry", "perplexity", "nats/token", "bits/byte", "tokens", "documents", "window", "stride", "errors over",
          "passes made"),
@@ -194,6 +197,9 @@ def _documents(name: str, documents: Sequence[Record]) -> Iterator[str]:
 
 
 def _decode(records: Sequence[Record]) -> Iterator[str]:
+    yield "A decode step is exact, given what the cache keeps; only prompts go through passes. ± is a standard error over"
+    yield "the texts of rows."
+    yield ""
     yield from _grid(
         ("entry", "cache", "perplexity", "nats/token", "bits/byte", "tokens", "bytes a row", "prompt"),
         (

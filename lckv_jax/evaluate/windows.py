@@ -192,8 +192,8 @@ def _numbered(windows: Sequence[Window], nats: Sequence[np.ndarray]) -> tuple[li
 
 
 class PositionScore(NamedTuple):
-    """Predictions made from more than `start` and at most `stop` tokens: the newest of these has a position from `start`
-    to before `stop` in its window."""
+    """Predictions made from more than `start` and at most `stop` tokens: the newest of these has a position in its
+    window from `start` to before `stop`."""
 
     start: int
     stop: int
