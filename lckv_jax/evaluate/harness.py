@@ -10,20 +10,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.data.tokenizer import Tokenizer
 from lckv_jax.decode.generate import generate
+from lckv_jax.decode.loop import unstack
 from lckv_jax.decode.sampling import Sampling
+from lckv_jax.decode.step import Weights
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.continuations import Answer, Continuations
 from lckv_jax.evaluate.finished import Finished
@@ -82,7 +86,9 @@ class HarnessModel(TemplateLM):
         self._params = params
         self._batch_tokens = batch_tokens
         self._finished = Finished(finished)
-        self._fingerprint = fingerprint or _fingerprint(params) if finished else ""
+        fingerprint = fingerprint or (_fingerprint(params) if finished else "")
+        self._facts = [fingerprint, config.model_dump_json(exclude={"attention", "remat"}), tokenizer.fingerprint]
+        self._decoder: list[Weights] = []  # made when first needed, for all passes
         self._tell = tell or (lambda done, total: None)
 
     def with_passes(self, passes: Passes) -> HarnessModel:
@@ -178,8 +184,7 @@ class HarnessModel(TemplateLM):
 
     def _key(self, kind: str, *parts: Any) -> str:
         """What an answer depends on, hashed."""
-        model = self.config.model_dump_json(exclude={"attention", "remat"})
-        facts = [kind, self._fingerprint, model, self.tokenizer.fingerprint, self.passes, self.max_length, *parts]
+        facts = [kind, *self._facts, self.passes, self.max_length, *parts]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     # ---------------------------------------------------------------- generation
@@ -191,7 +196,101 @@ class HarnessModel(TemplateLM):
         otherwise or a temperature above 0 is given without it. A context that leaves no room for the new tokens loses
         its beginning. Raises UserError for a setting that is not known, or if the new tokens alone fill the context.
         """
-        raise NotImplementedError
+        texts = [""] * len(requests)
+        groups = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[_until(request.args[1])].append(number)
+        done = 0
+        for until, numbers in groups.items():
+            for number, text in self._generate(until, [(number, requests[number]) for number in numbers]):
+                texts[number] = text
+                done += 1
+                self._tell(done, len(requests))
+        return texts
+
+    def _generate(self, until: _Until, requests: list[tuple[int, Any]]) -> Iterator[tuple[int, str]]:
+        """(which request, its text), the longest prompts first; greedy text is kept as finished."""
+        room = self.max_length - until.max_gen_toks
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks={until.max_gen_toks} leaves no room for a prompt in max_length={self.max_length}; give a "
+                "larger max_length"
+            )
+        todo = []
+        for number, request in requests:
+            ids = self.tok_encode(request.args[0])
+            if len(ids) > room:
+                self.cut.add((request.task_name, request.doc_id))
+            ids = ids[-room:]
+            key = "" if until.sampling else self._key("generate", ids, until.stops, until.max_gen_toks)
+            if key in self._finished:
+                yield number, self._finished[key]
+            else:
+                todo.append((number, ids, key))
+        todo.sort(key=lambda entry: (-len(entry[1]), entry[1]))
+        while todo:
+            count = max(1, self._batch_tokens // (len(todo[0][1]) + until.max_gen_toks))
+            batch, todo = todo[:count], todo[count:]
+            texts = self._texts(until, [ids for _, ids, _ in batch])
+            if until.sampling is None:
+                self._finished.add((key, text) for (_, _, key), text in zip(batch, texts))
+            yield from ((number, text) for (number, _, _), text in zip(batch, texts))
+
+    def _texts(self, until: _Until, prompts: list[list[int]]) -> list[str]:
+        """A row ends after a token whose own text holds a stop string; others are found in the text of all tokens."""
+        stop = _stop_tokens(self.tokenizer, until.stops) | {self.eot_token_id}
+        sampling = until.sampling and until.sampling.model_copy(update={"seed": self.seed})
+        rows = generate(
+            self._weights(), self.config, prompts, until.max_gen_toks, passes=self.passes, sampling=sampling, stop=stop
+        )
+        texts = []
+        for row in rows:
+            ids = row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row
+            text = self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab_size)
+            for term in until.stops:
+                text = text.split(term)[0]
+            texts.append(text)
+        return texts
+
+    def _weights(self) -> Weights:
+        if not self._decoder:
+            params = jax.tree.map(jax.numpy.asarray, self._params)
+            self._decoder.append(unstack(params, self.config.model_copy(update={"attention": "auto"})))
+        return self._decoder[0]
+
+
+class _Until(NamedTuple):
+    """How a request wants its text: not after these strings, of at most so many tokens, drawn how (None = greedy)."""
+
+    stops: tuple[str, ...]
+    max_gen_toks: int
+    sampling: Sampling | None
+
+
+def _until(wanted: dict[str, Any]) -> _Until:
+    """The settings of a request, as the harness reads them. Raises UserError for one that is not known."""
+    known = normalize_gen_kwargs(wanted, _NEW_TOKENS)
+    stops, tokens = known.pop("until"), known.pop("max_gen_toks")
+    if unknown := sorted(known.keys() - {"do_sample", *_SAMPLING}):
+        raise UserError(
+            f"generation_kwargs: {unknown[0]} is not known here; use until, max_gen_toks, do_sample, {', '.join(_SAMPLING)}"
+        )
+    settings: dict[str, Any] = {name: known[name] for name in _SAMPLING if known.get(name)}
+    if not known["do_sample"] or known.get("temperature") == 0.0:
+        settings = {"temperature": 0.0, "repetition_penalty": settings.get("repetition_penalty", 1.0)}
+    try:
+        sampling = Sampling(**settings)
+    except ValueError as error:
+        raise UserError(f"generation_kwargs: {settings} cannot be: {error}") from error
+    greedy = sampling == Sampling(temperature=0.0)
+    return _Until(tuple(stop for stop in stops if stop), tokens, None if greedy else sampling)
+
+
+@lru_cache(maxsize=8)
+def _stop_tokens(tokenizer: Tokenizer, stops: tuple[str, ...]) -> frozenset[int]:
+    """The tokens whose own text holds one of the strings."""
+    texts = ((id, tokenizer.decode([id])) for id in range(tokenizer.vocab_size))
+    return frozenset(id for id, text in texts if any(stop in text for stop in stops))
 
 
 def _fingerprint(params: Params) -> str:
