@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -84,7 +85,7 @@ def _records(entries: Sequence[Entry], subject: Subject, say: Callable[..., None
     """The record of each entry, measured now where there is none."""
     for number, entry in enumerate(entries, 1):
         identity = _identity(entry, subject)
-        path = subject.folder / "entries" / f"{entry.kind}-{entry.name}-{_hash(identity)[:12]}.json"
+        path = subject.folder / "entries" / f"{entry.kind}-{_slug(entry.name)}-{_hash(identity)[:12]}.json"
         record = _stored(path)
         kept = record is not None
         if record is None:
@@ -94,8 +95,7 @@ def _records(entries: Sequence[Entry], subject: Subject, say: Callable[..., None
             results = entry.measure(subject)
             seconds = round(time.monotonic() - started, 1)
             record = {**identity, "results": results, "seconds": seconds, "made": now()}
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, record)
+            _keep(path, record)
         say(f"[{number}/{len(entries)}] {one_line(record)}{' (kept from before)' if kept else ''}")
         yield record
 
@@ -120,12 +120,26 @@ def _hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
 def _stored(path: Path) -> dict[str, Any] | None:
     """The record of an entry; None if there is none that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _keep(path: Path, record: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, record)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; mend that and run the same command again"
+        ) from error
 
 
 def _shown(path: Path) -> str:

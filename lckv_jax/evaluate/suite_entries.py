@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,7 +172,7 @@ def _tasks(wanted: TasksConfig, run: RunConfig, tokenizer: Tokenizer | None) -> 
                 tokenizer,
                 passes=subject.passes,
                 max_length=max_length,
-                finished=subject.folder / "requests",
+                finished=subject.folder / "requests.jsonl",
                 batch_tokens=wanted.batch_tokens,
                 mesh=subject.mesh,
                 fingerprint=subject.fingerprint,
@@ -186,12 +189,21 @@ def _tasks(wanted: TasksConfig, run: RunConfig, tokenizer: Tokenizer | None) -> 
         Entry(
             "task",
             task.name,
-            {**settings, "version": task.version},
+            {**settings, "task": _task_settings(task), "lm-eval": version("lm-eval")},
             {task.data: task.sha256},
             lambda subject, task=task: measure(task, subject),
         )
         for task in load_tasks(wanted.names, data=_data_folder(wanted))
     ]
+
+
+def _task_settings(task: LoadedTask) -> dict[str, Any]:
+    """What the harness knows of a task, as JSON data: prompt forms, metrics, version. Functions are left out."""
+    found = {"version": task.version}
+    for name, value in task.task.dump_config().items():
+        with contextlib.suppress(TypeError, ValueError):
+            found[name] = json.loads(json.dumps(value))
+    return found
 
 
 def _data_folder(wanted: TasksConfig) -> Path | None:
