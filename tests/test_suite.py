@@ -1,4 +1,4 @@
-"""`evaluate --suite`: from the checkpoint to the tables, resumed after whatever stops it, and refused where it must be."""
+"""`evaluate --suite`: from the checkpoint to the tables, resumed after whatever stops it, refused where it must be."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -255,11 +254,11 @@ def test_mistakes_are_one_sentence_before_any_work(trained, suite, tmp_path, mon
 
 
 def test_files_that_are_no_suites(tmp_path):
-    with pytest.raises(UserError, match="nowhere.yaml: cannot be read as a config: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read as a config: No such file"):
         load_suite("nowhere.yaml")
-    with pytest.raises(UserError, match="quickstart.yaml: is no suite but a config of train"):
+    with pytest.raises(UserError, match=r"quickstart\.yaml: is no suite but a config of train"):
         load_suite(ROOT / "configs" / "quickstart.yaml")
-    with pytest.raises(UserError, match="50m.yaml: is no suite but a config of bench"):
+    with pytest.raises(UserError, match=r"50m\.yaml: is no suite but a config of bench"):
         load_suite(ROOT / "configs" / "bench" / "50m.yaml")
     (tmp_path / "empty.yaml").write_text("passes: exact\n")
     with pytest.raises(UserError, match="there is nothing to measure"):
@@ -282,9 +281,9 @@ def changed_run(trained, tmp_path, change):
 def test_a_window_longer_than_the_positions_of_the_model(trained, suite, tmp_path):
     run = changed_run(trained, tmp_path, lambda meta: meta["config"]["model"].update(max_position_embeddings=32))
     words = [f"out={tmp_path / 'out'}"]
-    with pytest.raises(UserError, match="perplexity.second.seq_len=33 is longer than the model's 32 positions"):
+    with pytest.raises(UserError, match=r"perplexity\.second\.seq_len=33 is longer than the model's 32 positions"):
         evaluate_suite(run, suite, [*words, "perplexity.second.seq_len=33"])
-    with pytest.raises(UserError, match="tasks.max_length=64 is longer than the model's 32 positions"):
+    with pytest.raises(UserError, match=r"tasks\.max_length=64 is longer than the model's 32 positions"):
         evaluate_suite(run, suite, [*words, "tasks.names=[piqa]", "tasks.max_length=64"])
 
 

@@ -127,7 +127,7 @@ def test_more_context_is_what_a_stride_buys():
 
 
 def test_a_stride_longer_than_a_window():
-    with pytest.raises(UserError, match="stride=17 is longer than seq_len=16, .* give a stride of at most 16"):
+    with pytest.raises(UserError, match=r"stride=17 is longer than seq_len=16, .* give a stride of at most 16"):
         plan_windows([40], 16, 17)
 
 

@@ -198,8 +198,8 @@ def _documents(name: str, documents: Sequence[Record]) -> Iterator[str]:
 
 
 def _decode(records: Sequence[Record]) -> Iterator[str]:
-    yield "A decode step is exact, given what the cache keeps; only prompts go through passes. ± is a standard error over"
-    yield "the texts of rows."
+    yield "A decode step is exact, given what the cache keeps; only prompts go through passes."
+    yield "± is a standard error over the texts of rows."
     yield ""
     yield from _grid(
         ("entry", "cache", "perplexity", "nats/token", "bits/byte", "tokens", "bytes a row", "prompt"),
@@ -233,6 +233,8 @@ def _decode(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _tasks(records: Sequence[Record]) -> Iterator[str]:
+    yield f"Items of more than {records[0]['settings']['max_length']:,} tokens are cut from the left."
+    yield ""
     yield from _grid(
         ("task", "metric", "value", "guessing", "items", "cut"),
         (
@@ -249,7 +251,14 @@ def _tasks(records: Sequence[Record]) -> Iterator[str]:
     yield "What exact passes change, in the first items of each task:"
     yield ""
     yield from _grid(
-        ("task", "items", "mean change of a log-likelihood", "largest", "decisions changed", "metrics, exactly"),
+        (
+            "task",
+            "items",
+            "mean change of a log-likelihood",
+            "largest",
+            "decisions changed",
+            "metrics: as above, exactly",
+        ),
         (
             (
                 record["name"],
@@ -257,7 +266,7 @@ def _tasks(records: Sequence[Record]) -> Iterator[str]:
                 f"{found['mean']:.2e}",
                 f"{found['largest']:.2e}",
                 f"{found['changed']:,}",
-                ", ".join(f"{name} {_number(a, 4)}, {_number(b, 4)}" for name, (a, b) in found["metrics"].items()),
+                "; ".join(f"{name} {_plain(a)}, {_plain(b)}" for name, (a, b) in found["metrics"].items()),
             )
             for record in compared
             for found in [record["results"]["exact_difference"]]
@@ -290,7 +299,12 @@ def _pm(estimate: dict[str, float | None] | None, digits: int) -> str:
 
 def _metric(metric: Sequence[float | None]) -> str:
     value, stderr = metric
-    return _pm({"value": value, "stderr": stderr}, 4 if value is None or abs(value) < 10 else 2)
+    return _plain(value) if stderr is None else f"{_plain(value)} ± {_plain(stderr)}"
+
+
+def _plain(value: float | None) -> str:
+    """An accuracy to four digits, a perplexity of any size."""
+    return _number(value, 4) if value is None or abs(value) < 10 else f"{value:,.2f}" if value < 1e6 else f"{value:.3e}"
 
 
 def _span(bucket: Record) -> str:
