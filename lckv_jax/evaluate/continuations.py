@@ -111,7 +111,9 @@ class Continuations:
         answers = []
         for row, logp, likeliest in zip(rows, *found):
             if not np.isfinite(logp[: len(row.wanted)]).all():
-                raise UserError("the model's logits are not finite; was it trained to its end? Check it with `evaluate`")
+                raise UserError(
+                    "the model's logits are not finite; was it trained to its end? Check it with `evaluate`"
+                )
             answers += [
                 (number, (float(logp[start:stop].sum(dtype=np.float64)), bool(likeliest[start:stop].all())))
                 for number, start, stop in row.requests
@@ -161,7 +163,7 @@ def _batch(rows: list[_Row], count: int, length: int) -> dict[str, np.ndarray]:
 
 def _is_single(config: ModelConfig, passes: Passes) -> bool:
     """Whether the map or `trained` means one pass, for which there is no loop."""
-    return not config.sharing.cyclic or stop_rule(config, passes).limit == 1
+    return not config.sharing.cyclic or (passes == "trained" and config.no_grad_passes + config.grad_passes == 1)
 
 
 def _stop(config: ModelConfig, passes: Passes, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,11 +1,11 @@
-"""Zero-shot tasks of lm-evaluation-harness, one at a time: prompts, metrics and standard errors are the harness' own."""
+"""Zero-shot tasks of lm-evaluation-harness, one at a time; prompts, metrics and standard errors are its own."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,7 +119,7 @@ def run_task(lm: HarnessModel, task: LoadedTask, *, limit: int | None = None, se
 
 
 def _check_items(task: LoadedTask, limit: int | None) -> float | None:
-    """The accuracy of guessing, if items have choices. Raises UserError for an item that the task's form does not fit."""
+    """The accuracy of guessing, if items have choices. Raises UserError for an item that the task does not fit."""
     inner = task.task
     choice = inner.OUTPUT_TYPE == "multiple_choice"
     chances = []
@@ -128,7 +128,9 @@ def _check_items(task: LoadedTask, limit: int | None) -> float | None:
             text, target = inner.doc_to_text(doc), inner.doc_to_target(doc)
             choices = inner.doc_to_choice(doc) if choice else []
         except Exception as error:  # whatever a template can meet
-            raise UserError(f"{task.data}, line {number}: {error}, by the task file of {task.name}; mend one") from error
+            raise UserError(
+                f"{task.data}, line {number}: {error}, by the task file of {task.name}; mend one"
+            ) from error
         if not choice:
             continue
         gold = text if inner.multiple_input else target
@@ -208,7 +210,7 @@ def _exact_difference(lm: HarnessModel, inner: Any, instances: Sequence[Any]) ->
     answers = iter(getattr(lm.with_passes("exact"), kind)(sample))
     ours = [[instance.resps[0] for instance in of_doc] for of_doc in by_doc.values()]
     exact = [[next(answers) for _ in of_doc] for of_doc in by_doc.values()]
-    moved = [abs(_logp(a) - _logp(b)) for a, b in zip(sum(ours, []), sum(exact, []))]
+    moved = [abs(_logp(a) - _logp(b)) for a, b in zip(chain(*ours), chain(*exact))]
     docs = [of_doc[0].doc for of_doc in by_doc.values()]
     with quiet():
         both = [_values(inner, docs, found) for found in (ours, exact)]
@@ -217,7 +219,9 @@ def _exact_difference(lm: HarnessModel, inner: Any, instances: Sequence[Any]) ->
         mean=float(np.mean(moved)),
         largest=float(np.max(moved)),
         changed=sum(_decision(a) != _decision(b) for a, b in zip(ours, exact)),
-        metrics={name: (_aggregate(inner, name, both[0][name]), _aggregate(inner, name, both[1][name])) for name in both[0]},
+        metrics={
+            name: (_aggregate(inner, name, both[0][name]), _aggregate(inner, name, both[1][name])) for name in both[0]
+        },
     )
 
 
