@@ -163,7 +163,7 @@ def _batch(rows: list[_Row], count: int, length: int) -> dict[str, np.ndarray]:
 
 def _is_single(config: ModelConfig, passes: Passes) -> bool:
     """Whether the map or `trained` means one pass, for which there is no loop."""
-    return not config.sharing.cyclic or stop_rule(config, passes).limit == 1
+    return not config.sharing.cyclic or (passes == "trained" and config.no_grad_passes + config.grad_passes == 1)
 
 
 def _stop(config: ModelConfig, passes: Passes, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ from lckv_jax.decode.loop import unstack
 from lckv_jax.decode.sampling import Sampling
 from lckv_jax.decode.step import Weights
 from lckv_jax.errors import UserError
-from lckv_jax.evaluate.continuations import Answer, Continuations
+from lckv_jax.evaluate.continuations import Answer, Continuations, row_lengths
 from lckv_jax.evaluate.finished import Finished
 from lckv_jax.fingerprint import describe_leaves
 from lckv_jax.model.layers import Params
@@ -71,8 +71,8 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {config.vocab_size:,}; give the "
-                "tokenizer that the checkpoint was trained with"
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {config.vocab_size:,}; give "
+                "the tokenizer that the checkpoint was trained with"
             )
         stop_rule(config, passes)
         self.tokenizer = tokenizer
@@ -172,8 +172,8 @@ class HarnessModel(TemplateLM):
             raise UserError(f"{where}a continuation has no tokens; every choice needs a text")
         if len(continuation) > self.max_length:
             raise UserError(
-                f"{where}a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}; give "
-                "a larger max_length"
+                f"{where}a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}; "
+                "give a larger max_length"
             )
         over = len(context) + len(continuation) - (self.max_length + 1)
         if over <= 0:
@@ -213,8 +213,8 @@ class HarnessModel(TemplateLM):
         room = self.max_length - until.max_gen_toks
         if room < 1:
             raise UserError(
-                f"max_gen_toks={until.max_gen_toks} leaves no room for a prompt in max_length={self.max_length}; give a "
-                "larger max_length"
+                f"max_gen_toks={until.max_gen_toks} leaves no room for a prompt in max_length={self.max_length}; give "
+                "a larger max_length"
             )
         todo = []
         for number, request in requests:
@@ -229,22 +229,34 @@ class HarnessModel(TemplateLM):
                 todo.append((number, ids, key))
         todo.sort(key=lambda entry: (-len(entry[1]), entry[1]))
         while todo:
-            count = max(1, self._batch_tokens // (len(todo[0][1]) + until.max_gen_toks))
+            length = next(length for length in row_lengths(self.max_length) if length >= len(todo[0][1]))
+            count = 1 << max(0, (self._batch_tokens // (length + until.max_gen_toks)).bit_length() - 1)
             batch, todo = todo[:count], todo[count:]
-            texts = self._texts(until, [ids for _, ids, _ in batch])
+            texts = self._texts(until, [ids for _, ids, _ in batch], length)
             if until.sampling is None:
                 self._finished.add((key, text) for (_, _, key), text in zip(batch, texts))
             yield from ((number, text) for (number, _, _), text in zip(batch, texts))
 
-    def _texts(self, until: _Until, prompts: list[list[int]]) -> list[str]:
-        """A row ends after a token whose own text holds a stop string; others are found in the text of all tokens."""
+    def _texts(self, until: _Until, prompts: list[list[int]], length: int) -> list[str]:
+        """The texts that prompts of at most `length` tokens are continued with.
+
+        A row ends after a token whose own text holds a stop string; others are found in the text of all tokens. Copies
+        of the last prompt fill the rows up to a power of two: few shapes, and none of them lasts longer.
+        """
         stop = _stop_tokens(self.tokenizer, until.stops) | {self.eot_token_id}
         sampling = until.sampling and until.sampling.model_copy(update={"seed": self.seed})
         rows = generate(
-            self._weights(), self.config, prompts, until.max_gen_toks, passes=self.passes, sampling=sampling, stop=stop
+            self._weights(),
+            self.config,
+            prompts + prompts[-1:] * ((1 << (len(prompts) - 1).bit_length()) - len(prompts)),
+            until.max_gen_toks,
+            passes=self.passes,
+            sampling=sampling,
+            stop=stop,
+            prompt_length=length,
         )
         texts = []
-        for row in rows:
+        for row in rows[: len(prompts)]:
             ids = row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row
             text = self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab_size)
             for term in until.stops:
@@ -269,11 +281,12 @@ class _Until(NamedTuple):
 
 def _until(wanted: dict[str, Any]) -> _Until:
     """The settings of a request, as the harness reads them. Raises UserError for one that is not known."""
-    known = normalize_gen_kwargs(wanted, _NEW_TOKENS)
+    known: dict[str, Any] = {**normalize_gen_kwargs(wanted, _NEW_TOKENS)}
     stops, tokens = known.pop("until"), known.pop("max_gen_toks")
     if unknown := sorted(known.keys() - {"do_sample", *_SAMPLING}):
         raise UserError(
-            f"generation_kwargs: {unknown[0]} is not known here; use until, max_gen_toks, do_sample, {', '.join(_SAMPLING)}"
+            f"generation_kwargs: {unknown[0]} is not known here; use until, max_gen_toks, do_sample, "
+            f"{', '.join(_SAMPLING)}"
         )
     settings: dict[str, Any] = {name: known[name] for name in _SAMPLING if known.get(name)}
     if not known["do_sample"] or known.get("temperature") == 0.0:

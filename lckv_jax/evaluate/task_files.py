@@ -82,31 +82,34 @@ def _config(path: Path, resolve: bool) -> dict[str, Any]:
 def load_local(name: str, path: Path, data: Path | None) -> LoadedTask:
     """The task of a YAML file, whose one jsonl file is in the folder `data`. Raises UserError as `load_tasks` does."""
     with quiet():
+        import pyarrow as pa
         from datasets import Dataset
+        from datasets.table import InMemoryTable
         from lm_eval.api.task import ConfigurableTask
 
         config = _config(path, resolve=True)
     split, file = _data_file(path, config, data)
     rows, sha256 = _read_rows(file, _fields(config), path.name)
     config = {key: value for key, value in config.items() if key not in ("tag", "dataset_path", "dataset_kwargs")}
-    version = str((config.pop("metadata", None) or {}).get("version", "unknown"))
+    version = str((config.get("metadata") or {}).get("version", "unknown"))
     try:
         with quiet():
-            documents = Dataset.from_list(rows)
+            # with a fingerprint, or the library pickles everything to find one, which asks for torch
+            documents = Dataset(InMemoryTable(pa.Table.from_pylist(rows)), fingerprint=sha256[:16])
             task = ConfigurableTask(config={**config, "custom_dataset": lambda **_: {split: documents}})
     except Exception as error:  # whatever the harness or a template can meet
-        raise UserError(f"{path} does not fit {file}: {_first_line(error)}; mend one of them") from error
+        raise UserError(f"{path} does not fit {file}, line 1: {_first_line(error)}; mend one of them") from error
     return LoadedTask(name, task, file.name, sha256, version)
 
 
 def _data_file(path: Path, config: dict[str, Any], data: Path | None) -> tuple[str, Path]:
     """The split that the task evaluates, and its file."""
-    split = config.get("test_split") or config.get("validation_split")
+    split = str(config.get("test_split") or config.get("validation_split"))
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if config.get("dataset_path") != "json" or not isinstance(files, dict) or not isinstance(files.get(split), str):
         raise UserError(
-            f"{path}: a local task has dataset_path: json, and in dataset_kwargs.data_files one file for its test_split "
-            "or validation_split"
+            f"{path}: a local task has dataset_path: json, and in dataset_kwargs.data_files one file for its "
+            "test_split or validation_split"
         )
     file = (data or Path()) / files[split]
     other = file.with_suffix("") if file.suffix == ".gz" else file.with_name(file.name + ".gz")
@@ -186,8 +189,8 @@ def load_hub(name: str, local: Sequence[str]) -> list[LoadedTask]:
             found = hub.load([name])["tasks"]
     except Exception as error:  # whatever the hub's libraries meet
         raise UserError(
-            f"task {name} is one of the harness' hub, which cannot be had now ({_first_line(error)}); it needs a network, "
-            "or a task file of that name over local jsonl"
+            f"task {name} is one of the harness' hub, which cannot be had now ({_first_line(error)}); it needs a "
+            "network, or a task file of that name over local jsonl"
         ) from error
     for task_name, task in found.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

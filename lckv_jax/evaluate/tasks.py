@@ -1,11 +1,11 @@
-"""Zero-shot tasks of lm-evaluation-harness, one at a time: prompts, metrics and standard errors are the harness' own."""
+"""Zero-shot tasks of lm-evaluation-harness, one at a time; prompts, metrics and standard errors are its own."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,7 +119,7 @@ def run_task(lm: HarnessModel, task: LoadedTask, *, limit: int | None = None, se
 
 
 def _check_items(task: LoadedTask, limit: int | None) -> float | None:
-    """The accuracy of guessing, if items have choices. Raises UserError for an item that the task's form does not fit."""
+    """The accuracy of guessing, if items have choices. Raises UserError for an item that the task does not fit."""
     inner = task.task
     choice = inner.OUTPUT_TYPE == "multiple_choice"
     chances = []
@@ -210,7 +210,7 @@ def _exact_difference(lm: HarnessModel, inner: Any, instances: Sequence[Any]) ->
     answers = iter(getattr(lm.with_passes("exact"), kind)(sample))
     ours = [[instance.resps[0] for instance in of_doc] for of_doc in by_doc.values()]
     exact = [[next(answers) for _ in of_doc] for of_doc in by_doc.values()]
-    moved = [abs(_logp(a) - _logp(b)) for a, b in zip(sum(ours, []), sum(exact, []))]
+    moved = [abs(_logp(a) - _logp(b)) for a, b in zip(chain(*ours), chain(*exact))]
     docs = [of_doc[0].doc for of_doc in by_doc.values()]
     with quiet():
         both = [_values(inner, docs, found) for found in (ours, exact)]
