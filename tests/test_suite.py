@@ -221,6 +221,65 @@ def test_results_lie_in_the_run_by_default(trained, suite, tmp_path, measured):
     assert results(folder)["checkpoint"]["step"] == 6
 
 
+# ---------------------------------------------------------------- tasks
+
+
+def write_piqa(folder):
+    items = [{"goal": f"say {word}", "sol1": word, "sol2": word[::-1], "label": n % 2} for n, word in enumerate(WORDS)]
+    (folder / "piqa.validation.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+WORDS = ["return", "import", "class", "lambda"]
+
+
+def test_tasks_are_entries_like_others(trained, tmp_path, monkeypatch, capsys):
+    """Their numbers are the harness' own, they are kept, and other data are measured again."""
+    write_piqa(tmp_path)
+    (tmp_path / "tasks.yaml").write_text("tasks: {names: [piqa], data: $TASK_DATA, limit: 3, max_length: 32}\n")
+    monkeypatch.setenv("TASK_DATA", str(tmp_path))
+    words = (str(trained / "run"), str(tmp_path / "tasks.yaml"), [f"out={tmp_path / 'out'}"])
+    evaluate_suite(*words)
+    (record,) = results(tmp_path / "out")["entries"]
+    params, run, tokenizer = load(trained / "run")
+    right = 0
+    for number, word in enumerate(WORDS[:3]):
+        texts = [f"Question: say {word}\nAnswer:", *(f"Question: say {word}\nAnswer: {x}" for x in (word, word[::-1]))]
+        context, *both = ([tokenizer.bos_id, *tokenizer.encode(text)] for text in texts)
+        scores = score(params, run.model, both, passes="trained")
+        right += int(np.argmax([x[len(context) - 1 :].sum() for x in scores])) == number % 2
+    assert record["results"]["metrics"]["acc"][0] == pytest.approx(right / 3)
+    assert record["results"]["exact_difference"]["items"] == record["results"]["items"] == 3
+    assert list(record["data"]) == ["piqa.validation.jsonl"]
+    evaluate_suite(*words)
+    assert capsys.readouterr().out.count("(kept from before)") == 1
+    file = tmp_path / "piqa.validation.jsonl"
+    file.write_text(file.read_text().replace("lambda", "global"))
+    evaluate_suite(*words)
+    assert "(kept from before)" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("piqqa", str, "piqa"),
+        ("boolq", str, "boolq.validation.jsonl"),
+        ("piqa", lambda text: text.replace("sol2", "solution2"), "sol2"),
+    ],
+)
+def test_mistakes_in_tasks_are_one_sentence_before_any_work(
+    trained, suite, tmp_path, monkeypatch, name, change, message
+):
+    write_piqa(tmp_path)
+    path = tmp_path / "piqa.validation.jsonl"
+    path.write_text(change(path.read_text()))
+    monkeypatch.setattr("lckv_jax.evaluate.suite._records", lambda *arguments: pytest.fail("it began to work"))
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate_suite(
+            str(trained / "run"), suite, [f"out={tmp_path / 'out'}", f"tasks.names={name}", f"tasks.data={tmp_path}"]
+        )
+    assert "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- mistakes
 
 

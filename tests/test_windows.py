@@ -191,6 +191,8 @@ def test_standard_errors_are_those_of_drawing_documents_again():
     estimate = ratio(sums, tokens)
     assert abs(estimate.stderr / spread - 1) < 0.05
     assert ratio(sums[:1], tokens[:1]).stderr is None
+    few = ratio(np.array([1.0, 2.0, 6.0]), np.ones(3))  # of equal clusters: that of a mean
+    np.testing.assert_allclose(few, (3.0, np.std([1.0, 2.0, 6.0], ddof=1) / math.sqrt(3)))
 
 
 def test_few_documents_have_errors_over_windows():
