@@ -181,9 +181,7 @@ def test_answers_of_another_model_are_not_taken(tmp_path):
 
 def test_a_tokenizer_of_another_model():
     small = CONFIG.model_copy(update={"vocab_size": 64})
-    with pytest.raises(
-        UserError, match="the tokenizer has 66 tokens, but the model only 64; give the tokenizer that"
-    ):
+    with pytest.raises(UserError, match="the tokenizer has 66 tokens, but the model only 64; give the tokenizer that"):
         HarnessModel(params(), small, Letters(), max_length=32)
     with pytest.raises(UserError, match="did you mean 'trained'"):
         model(passes="train")

@@ -96,6 +96,37 @@ def test_metrics_and_standard_errors_are_those_of_the_harness_itself(data, train
         assert (theirs[f"{name},none"], theirs[f"{name}_stderr,none"]) == (value, error)
 
 
+THEIRS = {"arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge", "winogrande": "winogrande/default"}
+THEIRS |= {"boolq": "super_glue/boolq/default", "lambada": "lambada/lambada_openai"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_are_those_of_the_harness_own_task(name, data):
+    import lm_eval
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    (ours,) = load_tasks([name], data=data)
+    rows = list(items(name))
+    if name == "hellaswag":
+        rows = [{**row, "ctx_a": row["ctx"], "ctx_b": ""} for row in rows]
+    path = Path(lm_eval.__file__).parent / "tasks" / f"{THEIRS.get(name, f'{name}/{name}')}.yaml"
+    config = {key: value for key, value in load_yaml(path).items() if key != "tag"}
+    splits = dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
+    config["custom_dataset"] = lambda **_: splits
+    with task_files.quiet():
+        theirs = ConfigurableTask(config=config)
+        for task in (ours.task, theirs):
+            task.set_config("num_fewshot", 0)
+            task.build_all_requests()
+    assert [one.args for one in ours.task.instances] == [one.args for one in theirs.instances]
+    assert [ours.task.doc_to_target(doc) for doc in ours.task.eval_docs] == [
+        theirs.doc_to_target(doc) for doc in theirs.eval_docs
+    ]
+    assert ours.task.aggregation() == theirs.aggregation() and ours.version == str(theirs.VERSION)
+
+
 def test_the_difference_to_exact_passes_is_told(data):
     params, config, tokenizer = tiny()
     (task,) = load_tasks(["hellaswag"], data=data)

@@ -26,6 +26,7 @@ from lckv_jax.evaluate.windows import check_stride, measure_windows
 from lckv_jax.model.layers import Params
 from lckv_jax.model.refine import Passes, stop_rule
 from lckv_jax.model.transformer import check_dtype
+from lckv_jax.step_folder import digest
 
 if TYPE_CHECKING:
     from lckv_jax.data.tokenizer import Tokenizer
@@ -175,7 +176,7 @@ def _tasks(wanted: TasksConfig, run: RunConfig, tokenizer: Tokenizer | None) -> 
                 finished=subject.folder / "requests.jsonl",
                 batch_tokens=wanted.batch_tokens,
                 mesh=subject.mesh,
-                fingerprint=subject.fingerprint,
+                fingerprint=digest({"parameters": subject.fingerprint, "model": config_json(subject.run.model)}),
                 tell=lambda done, total: tell[-1](done, total),
             )
             made.append(model)

@@ -89,12 +89,11 @@ def run_task(lm: HarnessModel, task: LoadedTask, *, limit: int | None = None, se
         raise UserError(f"limit={limit}; give 1 or more, or none for all items")
     started, compiled = time.monotonic(), lm.compilations
     inner = task.task
-    chance = _check_items(task, limit)
-    with quiet():
-        if inner.get_config("num_fewshot") is None:
-            inner.set_config("num_fewshot", 0)
-        inner.set_fewshot_seed(seed)
-        inner.build_all_requests(limit=limit)
+    if inner.get_config("num_fewshot") is None:
+        inner.set_config("num_fewshot", 0)
+    inner.set_fewshot_seed(seed)
+    _build_requests(task, limit)
+    chance = _check_choices(task, limit)
     lm.cut.clear()
     lm.seed = seed
     _ask(lm, inner.instances)
@@ -118,28 +117,38 @@ def run_task(lm: HarnessModel, task: LoadedTask, *, limit: int | None = None, se
     )
 
 
-def _check_items(task: LoadedTask, limit: int | None) -> float | None:
-    """The accuracy of guessing, if items have choices. Raises UserError for an item that the task does not fit."""
-    inner = task.task
-    choice = inner.OUTPUT_TYPE == "multiple_choice"
-    chances = []
-    for number, doc in enumerate(islice(inner.eval_docs, limit), 1):
-        try:
-            text, target = inner.doc_to_text(doc), inner.doc_to_target(doc)
-            choices = inner.doc_to_choice(doc) if choice else []
-        except Exception as error:  # whatever a template can meet
+def _build_requests(task: LoadedTask, limit: int | None) -> None:
+    """Raises UserError for an item that the task's templates do not fit."""
+    try:
+        with quiet():
+            task.task.build_all_requests(limit=limit)
+    except Exception as error:  # whatever a template can meet; it is found again to tell in which line
+        for number, doc in enumerate(islice(task.task.eval_docs, limit), 1):
+            try:
+                with quiet():
+                    task.task.fewshot_context(doc, 0)
+            except Exception as fault:
+                raise UserError(
+                    f"{task.data}, line {number}: {fault}, by the task file of {task.name}; mend one"
+                ) from error
+        raise
+
+
+def _check_choices(task: LoadedTask, limit: int | None) -> float | None:
+    """The accuracy of guessing, if items have choices. Raises UserError for one whose answer is none of its choices."""
+    inner, by_doc = task.task, _by_doc(task.task.instances)
+    if inner.OUTPUT_TYPE != "multiple_choice":
+        return None
+    asked_twice = "acc_mutual_info" in inner.aggregation()  # with the context and without
+    counts = [len(by_doc[number]) // (1 + asked_twice) for number in sorted(by_doc)]
+    find_answer = inner.doc_to_text if inner.multiple_input else inner.doc_to_target
+    for number, (doc, count) in enumerate(zip(islice(inner.eval_docs, limit), counts), 1):
+        answer = find_answer(doc)
+        if isinstance(answer, int) and not 0 <= answer < count:
             raise UserError(
-                f"{task.data}, line {number}: {error}, by the task file of {task.name}; mend one"
-            ) from error
-        if not choice:
-            continue
-        gold = text if inner.multiple_input else target
-        if not choices or (isinstance(gold, int) and not 0 <= gold < len(choices)):
-            raise UserError(
-                f"{task.data}, line {number}: answer {gold} (counted from 0) of {len(choices)} choices; mend the line"
+                f"{task.data}, line {number}: answer {answer} (counted from 0) of {count} choices; mend the line"
             )
-        chances.append(1 / len(choices))
-    return float(np.mean(chances)) if chances else None
+    return float(np.mean([1 / count for count in counts]))
 
 
 def _ask(lm: HarnessModel, instances: Sequence[Any]) -> None:
