@@ -1,4 +1,4 @@
-"""Writes the config reference in docs/training.md from the descriptions of the config's own fields.
+"""Writes the references of settings in docs/ from the descriptions of the configs' own fields.
 
 python -m docs.reference
 """
@@ -15,22 +15,23 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lckv_jax.config import RunConfig
+from lckv_jax.evaluate.suite_config import SuiteConfig
 from lckv_jax.sharing import KVSharing
 
-PAGE = Path(__file__).parent / "training.md"
+PAGES: dict[str, type[BaseModel]] = {"training.md": RunConfig, "evaluate.md": SuiteConfig}
 MARKS = ("<!-- reference: made by `python -m docs.reference` -->\n", "<!-- end of the reference -->\n")
 
 
-def page_with_reference(page: str) -> str:
+def page_with_reference(page: str, config: type[BaseModel] = RunConfig) -> str:
     """`page` with a fresh reference between its marks."""
     before, rest = page.split(MARKS[0])
-    return before + MARKS[0] + "\n" + reference() + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+    return before + MARKS[0] + "\n" + reference(config) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
 
 
-def reference() -> str:
-    """A table of the fields of each section of a run's config, and of the mappings inside them."""
+def reference(config: type[BaseModel]) -> str:
+    """A table of the fields of each section of a config, and of the mappings inside them."""
     first: dict[type[BaseModel], str] = {}
-    for path, model in sections(RunConfig, ""):
+    for path, model in sections(config, ""):
         first.setdefault(model, path)
     return "\n".join(line for model, path in first.items() for line in _table(path, model)).strip() + "\n"
 
@@ -39,8 +40,9 @@ def sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[Base
     """The models in `model`, itself first, with the dotted path of their keys."""
     yield path, model
     for name, field in model.model_fields.items():
+        below = f"{path}{name}.NAME." if get_origin(field.annotation) is dict else f"{path}{name}."
         for inner in _models(field.annotation):
-            yield from sections(inner, f"{path}{name}.")
+            yield from sections(inner, below)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -51,7 +53,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 def _table(path: str, model: type[BaseModel]) -> Iterator[str]:
     own = {name: field for name, field in model.model_fields.items() if path or not _models(field.annotation)}
-    yield f"### {f'`{path[:-1]}`' if path else 'The run'}"
+    whole = model.__name__.removesuffix("Config").lower()
+    yield f"### `{path[:-1]}`" if path else f"### The {whole}"
     yield ""
     yield " ".join((model.__doc__ or "").split())
     yield ""
@@ -114,7 +117,9 @@ def _plain(value: Any) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(page_with_reference(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, config in PAGES.items():
+        page = Path(__file__).parent / name
+        page.write_text(page_with_reference(page.read_text(encoding="utf-8"), config), encoding="utf-8")
 
 
 if __name__ == "__main__":

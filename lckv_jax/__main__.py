@@ -60,6 +60,11 @@ def _describe(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.suite is not None:
+        from lckv_jax.evaluate.suite import evaluate_suite
+
+        evaluate_suite(options.checkpoint, options.suite, options.overrides)
+        return
     from lckv_jax.evaluate.perplexity import evaluate
 
     evaluate(options.checkpoint, options.overrides)
@@ -135,7 +140,15 @@ _SETTINGS = _Argument(
         "default": [],
         "metavar": "a=b",
         "help": "files, passes, seq_len, batch_size, max_tokens, packing, out, as in files=texts/*.txt (see "
-        "docs/training.md); cache, prompt_tokens, by_position, plot (see docs/generate.md)",
+        "docs/training.md); cache, prompt_tokens, by_position, plot (see docs/generate.md); with --suite those of the "
+        "suite, as in tasks.limit=200 (see docs/evaluate.md)",
+    },
+)
+_SUITE = _Argument(
+    "--suite",
+    {
+        "metavar": "SUITE",
+        "help": "a YAML file of texts, tasks and caches to measure, such as configs/suites/quick.yaml",
     },
 )
 _GENERATION = _Argument(
@@ -216,7 +229,8 @@ _COMMANDS = {
                         (_CONFIG, _OVERRIDES, _VERIFY)),
     "describe": _Command(_describe, "the map, parameters, KV bytes, FLOPs and memory of a config",
                          (_CONFIG, _OVERRIDES, _COMPILE, _TOPOLOGY, _PLOT)),
-    "evaluate": _Command(_evaluate, "perplexity and bits per byte of a checkpoint", (_CHECKPOINT, _SETTINGS)),
+    "evaluate": _Command(_evaluate, "perplexity, bits per byte and tasks of a checkpoint",
+                         (_CHECKPOINT, _SETTINGS, _SUITE)),
     "generate": _Command(_generate, "text from a checkpoint", (_CHECKPOINT, _GENERATION)),
     "bench": _Command(_bench, "what sharing buys at inference: latency, throughput, memory; goes on by itself",
                       (_BENCH, _CELLS)),

@@ -229,7 +229,7 @@ def load_step(
     place: from the configuration of the checkpoint, the shardings of its parameters, in the shape of their tree. It is
     called before any array is read, and may refuse the checkpoint by raising. All processes call it then.
     """
-    run = _run_of(run_or_checkpoint)
+    run = run_of(run_or_checkpoint)
 
     def select(meta: Meta) -> State:
         return _select_params(meta, place and place(_config_of(run_or_checkpoint, meta)))
@@ -246,7 +246,7 @@ def load_config_of(run_or_checkpoint: str | Path) -> tuple[RunConfig, Tokenizer 
 
     In a run folder they are those of the newest step whose metadata is whole.
     """
-    run = _run_of(run_or_checkpoint)
+    run = run_of(run_or_checkpoint)
     meta = _use_newest(run_or_checkpoint, read_meta, report=lambda _: None)
     return _config_of(run_or_checkpoint, meta), _load_tokenizer(run, meta["tokenizer"])
 
@@ -257,7 +257,7 @@ def stream(run_or_checkpoint: str | Path, use: Callable[[Stored], T], *, report:
     Where `use` meets a damaged leaf, it is left by `Unusable`, which it must let through after undoing what it did; in
     a run folder it is then called again with the next older step. Raises UserError as `load` does.
     """
-    run = _run_of(run_or_checkpoint)
+    run = run_of(run_or_checkpoint)
 
     def use_step(folder: epath.Path) -> T:
         meta = read_meta(folder)
@@ -273,7 +273,7 @@ def stream(run_or_checkpoint: str | Path, use: Callable[[Stored], T], *, report:
     return _use_newest(run_or_checkpoint, use_step, report)
 
 
-def _run_of(run_or_checkpoint: str | Path) -> Path:
+def run_of(run_or_checkpoint: str | Path) -> Path:
     """The folder of a run or of the run of a checkpoint. Raises UserError if it is neither."""
     folder = _absolute(run_or_checkpoint)
     if (folder / "checkpoints").is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -90,9 +90,13 @@ def _unknown_name(given: str, expected: str) -> str:
 
 def _suggestion(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
     """The known key nearest to an unknown one, else all of them."""
+    entry = False  # whether the next part is the name of an entry of a mapping
     for part in location[:-1]:
-        if isinstance(part, str):  # a number is a place in a list, whose elements the field's annotation names
-            model = _inner_model(model.model_fields[part].annotation) or model
+        if isinstance(part, str) and not entry:  # a number is a place in a list; the annotation names what it holds
+            annotation = model.model_fields[part].annotation
+            model, entry = _inner_model(annotation) or model, get_origin(annotation) is dict
+        else:
+            entry = False
     near = difflib.get_close_matches(str(location[-1]), model.model_fields, 1, 0.5)
     return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(model.model_fields)}"
 

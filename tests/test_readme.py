@@ -33,6 +33,9 @@ def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
         command = [str(run) if word == "runs/quickstart" else word for word in command]
     if command[0] in ("evaluate", "generate"):
         command = [command[0], str(request.getfixturevalue("trained") / "run"), *command[2:]]
+    if "--suite" in command:
+        command += [f"out={tmp_path}", "perplexity.sliding.stride=16"]  # rows of that run have 32 tokens
+        command += [f"{name}.max_tokens=100" for name in ("perplexity.sliding", "perplexity.disjoint", "decode.caches")]
     if command[0] == "bench":
         command = [*command, *SMALL[1:2], "model.vocab_size=64", "caches=full", "lengths=[[4,4]]", "batches=1",
                    f"out={tmp_path / 'bench'}"]  # fmt: skip

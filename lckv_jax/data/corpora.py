@@ -87,6 +87,27 @@ def check_repeats(sources: Sequence[SourceConfig]) -> None:
     _refuse_repeats([part for source in sources for part in _find(source)])
 
 
+def text_hashes(sources: Sequence[SourceConfig]) -> dict[str, str]:
+    """The hex sha256 of each file of the sources by its name; of a TFDS split that of its texts, one after the other.
+
+    Raises UserError as `documents` does, but only for files that are absent or cannot be read.
+    """
+    found = {}
+    for part in (part for source in sources for part in _find(source)):
+        name = part.key if part.name in found else part.name  # two globs may find files of one name
+        try:
+            with open(part.key, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            texts = hashlib.sha256()
+            for _, text in part.texts():
+                texts.update(len(text).to_bytes(8) + text.encode())
+            found[name] = texts.hexdigest()
+        except OSError as error:
+            raise UserError(f"{part.key} cannot be read: {error.strerror}; mend it or leave it out") from error
+    return found
+
+
 def is_validation(name: str, fraction: float) -> bool:
     """Whether the document of this name is held out: by a hash of the name, so alike on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64

@@ -49,10 +49,19 @@ def generate(
     passes: Passes = "exact",
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
+    prompt_length: int = 0,
 ) -> list[list[int]]:
     """The new tokens of each prompt, at most `max_new_tokens`: `generate_rows` without the rest."""
     rows = generate_rows(
-        params, config, prompts, max_new_tokens, cache=cache, passes=passes, sampling=sampling, stop=stop
+        params,
+        config,
+        prompts,
+        max_new_tokens,
+        cache=cache,
+        passes=passes,
+        sampling=sampling,
+        stop=stop,
+        prompt_length=prompt_length,
     )
     return [row.tokens for row in rows]
 
@@ -67,18 +76,21 @@ def generate_rows(
     passes: Passes = "exact",
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
+    prompt_length: int = 0,
 ) -> list[Generated]:
     """Continues all prompts together, as one batch.
 
     prompts: token ids, with the BOS that the model was trained with; nothing is added. passes: how often a prompt
     passes over cyclic spans (`refine.stop_rule`); the new tokens are exact whatever it is. cache: `CacheSpec.parse`.
     sampling: None = greedy. stop: tokens after which a row ends. What a row becomes does not depend on the others.
+    prompt_length: prompts are padded to at least so many tokens, so that batches share compiled programs.
     Raises UserError for an empty prompt, a token that the model does not have, a batch that does not fit, float64
     without JAX_ENABLE_X64, or numbers that are not finite.
     """
     if not prompts:
         return []
-    options = _Options(CacheSpec.parse(cache), passes, sampling, np.array(sorted(stop), np.int32))
+    stops = np.array(sorted(stop), np.int32)
+    options = _Options(CacheSpec.parse(cache), passes, sampling, stops, prompt_length)
     with memory_told(len(prompts)):
         pieces = list(_pieces(params, config, prompts, max_new_tokens, options, _SEGMENT))
     chosen = jax.tree.map(lambda *xs: np.concatenate(xs, axis=0), *(piece.chosen for piece in pieces))
@@ -123,6 +135,7 @@ class _Options(NamedTuple):
     passes: Passes
     sampling: Sampling | None
     stops: np.ndarray
+    prompt_length: int = 0
 
 
 class _Piece(NamedTuple):
@@ -146,10 +159,10 @@ def _pieces(
     left = _ENDLESS if max_new_tokens is None else max_new_tokens
     if left < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}; give 1 or more")
-    tokens_BT, padding_B = _padded_prompts(prompts, config.vocab_size)
+    tokens_BT, padding_B = _padded_prompts(prompts, config.vocab_size, options.prompt_length)
     config = config.model_copy(update={"attention": "auto"})
     weights = params if isinstance(params, Weights) else unstack(jax.tree.map(jnp.asarray, params), config)
-    spec, passes, sampling, stops = options
+    spec, passes, sampling, stops, _ = options
     keys_B = row_keys(sampling or Sampling(), len(prompts))
     sampling = sampling and sampling.model_copy(update={"seed": 0})  # the keys have it: one program for all seeds
     prompt = columns = tokens_BT.shape[1]
@@ -183,7 +196,9 @@ def _bucket(columns: int) -> int:
     return -(-columns // _BUCKET) * _BUCKET
 
 
-def _padded_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int, at_least: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [B, T] with padding in front, and how much of it each row has."""
     lists = []
     for number, prompt in enumerate(prompts):
@@ -199,7 +214,7 @@ def _padded_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[
                 "encode the text with the model's own tokenizer"
             )
         lists.append(ids)
-    longest = max(ids.size for ids in lists)
+    longest = max(at_least, *(ids.size for ids in lists))
     step = max(_PROMPT_STEP, (1 << longest.bit_length()) // 64)  # large chunks divide it, and shapes are few
     length = -(-longest // step) * step
     tokens = np.zeros((len(lists), length), np.int32)

@@ -16,6 +16,7 @@ from lckv_jax.decode.spec import CacheSpec
 from lckv_jax.errors import UserError
 from lckv_jax.evaluate.decode_path import Prompt, Timed, decode_batch
 from lckv_jax.evaluate.progress import telling
+from lckv_jax.evaluate.statistics import perplexity_of, ratio
 from lckv_jax.model.layers import Params
 from lckv_jax.model.transformer import check_dtype
 
@@ -34,7 +35,8 @@ class Bucket(NamedTuple):
 class CacheReport(NamedTuple):
     """What one cache gave.
 
-    tokens: those predicted. nats: the mean of their -log p. bits_per_byte: its sum over ln 2 and the bytes of the text;
+    tokens: those predicted. nats: the mean of their -log p; stderr: its standard error over the texts of rows, None
+    where there is one. bits_per_byte: its sum over ln 2 and the bytes of the text;
     None where these are not known or not all of it is predicted. row_bytes: of the cache of one row after the longest,
     as it lies in memory. tokens_per_second: of decoding, without prefill and what ran while compiling; None where that
     is all. positions: empty where not wanted.
@@ -43,6 +45,7 @@ class CacheReport(NamedTuple):
     cache: str
     tokens: int
     nats: float
+    stderr: float | None
     perplexity: float
     bits_per_byte: float | None
     row_bytes: int
@@ -114,6 +117,7 @@ def _report(
         cache=cache,
         tokens=tokens,
         nats=total / tokens,
+        stderr=ratio(np.array([row.sum() for row in nats]), np.array([len(row) for row in nats])).stderr,
         perplexity=perplexity_of(total / tokens),
         bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
         row_bytes=row_bytes,
@@ -135,10 +139,6 @@ def _buckets(nats: Sequence[np.ndarray], first: int, size: int) -> tuple[Bucket,
         mean = float(sums[start : start + size].sum()) / tokens
         found.append(Bucket(start, start + size, tokens, mean, perplexity_of(mean)))
     return tuple(found)
-
-
-def perplexity_of(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 # ---------------------------------------------------------------- tables

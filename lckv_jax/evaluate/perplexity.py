@@ -19,11 +19,12 @@ from lckv_jax.checkpoint import load
 from lckv_jax.config import ModelConfig, Sources, read_overrides
 from lckv_jax.decode.spec import CacheSpec, cache_texts
 from lckv_jax.errors import UserError
-from lckv_jax.evaluate.cache_quality import CacheReport, cache_table, measure_caches, perplexity_of
+from lckv_jax.evaluate.cache_quality import CacheReport, cache_table, measure_caches
 from lckv_jax.evaluate.decode_path import Prompt, check_spec, decode_lists
 from lckv_jax.evaluate.position_plot import check_format, draw_positions
 from lckv_jax.evaluate.progress import telling
 from lckv_jax.evaluate.rows import Batch, Text, groups, list_batch, read_text, text_batches, text_pieces
+from lckv_jax.evaluate.statistics import perplexity_of
 from lckv_jax.model.kernels import choose_backend
 from lckv_jax.model.layers import Params
 from lckv_jax.model.loss import IGNORED, token_nll
@@ -94,7 +95,8 @@ def _check_tokens(number: int, tokens: Sequence[int], vocab_size: int) -> np.nda
 # ---------------------------------------------------------------- evaluate
 
 
-def _as_passes(value: Any) -> Any:
+def as_passes(value: Any) -> Any:
+    """One or several settings of `passes` as a tuple. Raises ValueError for a number that is no tolerance."""
     values = value if isinstance(value, (list, tuple)) else (value,)
     values = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values)
     if wrong := [v for v in values if isinstance(v, float) and v >= 1.0]:
@@ -108,7 +110,7 @@ class EvaluateConfig(Frozen):
     """What `evaluate` reads and how; everything else comes from the checkpoint."""
 
     files: Sources = Field(default=(), description="text to score; where empty, the run's own validation split")
-    passes: Annotated[tuple[str | float, ...], BeforeValidator(_as_passes), Field(min_length=1)] = Field(
+    passes: Annotated[tuple[str | float, ...], BeforeValidator(as_passes), Field(min_length=1)] = Field(
         default=("trained", "exact"),
         description="`trained` (m + b), `exact`, or a tolerance such as 1e-2; one report each",
     )
@@ -215,7 +217,7 @@ def evaluate(checkpoint: str, overrides: Sequence[str]) -> None:
     if out is not None:
         facts = {"checkpoint": checkpoint, "text": text.what, "bytes": text.bytes, "seq_len": seq_len}
         facts |= {"packing": packing, "prompt_tokens": wanted.prompt_tokens, "sharing": str(run.model.sharing)}
-        _write(out, {**facts, "reports": [_plain(report) for report in reports]})
+        _write(out, {**facts, "reports": [plain(report) for report in reports]})
     for path in (out, plot):
         if path is not None:
             say(f"wrote {path}")
@@ -255,11 +257,13 @@ def _writable(out: str) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Named tuples as mappings, and null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, tuple):
         names = getattr(value, "_fields", None)
-        return [*map(_plain, value)] if names is None else dict(zip(names, map(_plain, value)))
+        return [*map(plain, value)] if names is None else dict(zip(names, map(plain, value)))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -26,7 +26,8 @@ Batch = dict[str, np.ndarray]
 class Text(NamedTuple):
     """Documents as they are trained on: BOS, tokens, EOS (unless it is BOS), one after the other, int32 [tokens].
 
-    bytes: of their text in UTF-8; None where that is not known.
+    bytes: of their text in UTF-8; None where that is not known. documents: name and bytes of each; None where they are
+    only known as tokens.
     """
 
     what: str
@@ -34,6 +35,7 @@ class Text(NamedTuple):
     bytes: int | None
     bos_id: int
     eos_id: int
+    documents: tuple[tuple[str, int], ...] | None = None
 
 
 def read_text(
@@ -48,8 +50,8 @@ def read_text(
     if limit is None or len(text.tokens) <= limit:
         return text
     tokens = text.tokens[:limit]
-    size = None if tokenizer is None else _text_bytes(tokens, tokenizer)
-    return text._replace(what=f"the beginning of {text.what}", tokens=tokens, bytes=size)
+    what, size = f"the beginning of {text.what}", None if tokenizer is None else sum(_sizes(tokens, text, tokenizer))
+    return text._replace(what=what, tokens=tokens, bytes=size, documents=None)
 
 
 def _read_split(run: RunConfig, limit: int | None, tokenizer: Tokenizer | None) -> Text:
@@ -90,23 +92,33 @@ def _read_files(files: Sequence[SourceConfig], limit: int | None, tokenizer: Tok
         raise UserError("the run has no tokenizer to read files with; put its tokenizer back beside checkpoints/")
     end = [tokenizer.eos_id] * (tokenizer.eos_id != tokenizer.bos_id)
     parts: list[np.ndarray] = []
-    tokens = size = 0
+    read: list[tuple[str, int]] = []
+    tokens = 0
     for document in documents(files):
         ids = tokenizer.encode_batch([document.text])[0]
         parts.append(np.concatenate(([tokenizer.bos_id], ids, end)).astype(np.int32))
-        tokens, size = tokens + len(parts[-1]), size + len(document.text.encode())
+        read.append((document.name, len(document.text.encode())))
+        tokens += len(parts[-1])
         if limit is not None and tokens > limit:
             break
     names = ", ".join(source.path for source in files)
     if not parts:
         raise UserError(f"files: no text but white space in {names}; name files with UTF-8 text")
-    return Text(f"{len(parts)} documents of {names}", np.concatenate(parts), size, tokenizer.bos_id, tokenizer.eos_id)
+    size = sum(size for _, size in read)
+    what = f"{len(parts)} documents of {names}"
+    return Text(what, np.concatenate(parts), size, tokenizer.bos_id, tokenizer.eos_id, tuple(read))
 
 
-def _text_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the text of the tokens, document by document."""
-    starts = np.flatnonzero(tokens == tokenizer.bos_id)
-    return sum(len(tokenizer.decode(part.tolist()).encode()) for part in np.split(tokens, starts))
+def document_sizes(text: Text, tokenizer: Tokenizer | None) -> list[int] | None:
+    """UTF-8 bytes of each document; where it is only known as tokens, of what they decode to."""
+    if text.documents is not None:
+        return [size for _, size in text.documents]
+    return None if tokenizer is None else _sizes(text.tokens, text, tokenizer)
+
+
+def _sizes(tokens: np.ndarray, text: Text, tokenizer: Tokenizer) -> list[int]:
+    starts = np.flatnonzero(tokens[1:] == text.bos_id) + 1
+    return [len(tokenizer.decode(part.tolist()).encode()) for part in np.split(tokens, starts)]
 
 
 def text_batches(text: Text, seq_len: int, batch_size: int, packing: Packing) -> Iterator[Batch]:

@@ -38,10 +38,13 @@ class Solved(NamedTuple):
 
 class Stop(NamedTuple):
     """When a row has passed often enough: at a relative K,V change of at most `tolerance` (negative: at none), or after
-    `limit` passes (None: as many as its longest document has tokens)."""
+    `limit` passes (None: as many as its longest document has tokens).
 
-    tolerance: float
-    limit: int | None
+    Both may be traced, the limit then one of at least 2 for each row [B], so that one program serves every rule.
+    """
+
+    tolerance: float | jax.Array
+    limit: int | jax.Array | None
 
 
 class Inputs(NamedTuple):
@@ -80,15 +83,17 @@ def solve_span(
     return Solved(x, own, passes + grad_passes, residual.max())
 
 
-def stop_rule(config: ModelConfig, passes: Passes) -> Stop:
+def stop_rule(config: ModelConfig, passes: Passes | Stop) -> Stop:
     """What `passes` means for this model at inference.
 
     `trained`: m + b passes. `exact`: until no single token's K or V changes by more than 8 eps of the compute dtype,
     relatively: 9.5e-7 in float32, but 0.0625 in bfloat16, where a smaller tolerance may be asked for. A number below 1:
     the same test with that tolerance; 0: no test. But never more passes than the row's longest document has tokens: by
     then every token is final (token t is after t + 1 passes).
-    Raises UserError for anything else.
+    A Stop is what it is. Raises UserError for anything else.
     """
+    if isinstance(passes, Stop):
+        return passes
     if passes == "trained":
         return Stop(-1.0, config.no_grad_passes + config.grad_passes)
     if passes == "exact":
@@ -132,7 +137,7 @@ def repeat_rows(
     """
     limit_B = _longest_document(context) if stop.limit is None else jnp.full(context.pos_BT.shape[0], stop.limit)
     read, made_B = start, jnp.zeros_like(limit_B)
-    if stop.limit == 1:
+    if isinstance(stop.limit, int) and stop.limit == 1:
         return read, made_B, limit_B
     if not start:  # before the loop, because it has less to do
         read, made_B = kv_pass(start), jnp.minimum(1, limit_B - 1)

@@ -15,7 +15,7 @@ from lckv_jax.errors import UserError
 from lckv_jax.model.attention import wider
 from lckv_jax.model.axes import constrain
 from lckv_jax.model.layers import Params, make_context, rms_norm
-from lckv_jax.model.refine import Passes, Slots, solve_rows, solve_span, stop_rule
+from lckv_jax.model.refine import Passes, Slots, Stop, solve_rows, solve_span, stop_rule
 
 
 def parameter_dims(config: ModelConfig) -> dict[str, str | dict[str, str]]:
@@ -117,7 +117,7 @@ def hidden_states(
     positions_BT: jax.Array | None = None,
     no_grad_passes: int | jax.Array | None = None,
     grad_passes: int | None = None,
-    passes: Passes | None = None,
+    passes: Passes | Stop | None = None,
 ) -> Hidden:
     """Everything but the head. Arguments as in `forward`.
 
