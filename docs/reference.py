@@ -1,4 +1,4 @@
-"""Writes the config reference in docs/training.md from the descriptions of the config's own fields.
+"""Writes the references in docs/training.md and docs/share.md from the descriptions of the configs' own fields.
 
 python -m docs.reference
 """
@@ -15,16 +15,23 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lckv_jax.config import RunConfig
+from lckv_jax.share.share_config import ShareConfig
 from lckv_jax.sharing import KVSharing
 
 PAGE = Path(__file__).parent / "training.md"
+SHARE_PAGE = Path(__file__).parent / "share.md"
 MARKS = ("<!-- reference: made by `python -m docs.reference` -->\n", "<!-- end of the reference -->\n")
 
 
-def page_with_reference(page: str) -> str:
-    """`page` with a fresh reference between its marks."""
+def page_with_reference(page: str, text: str | None = None) -> str:
+    """`page` with a fresh reference between its marks: `text`, or that of a run."""
     before, rest = page.split(MARKS[0])
-    return before + MARKS[0] + "\n" + reference() + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+    return before + MARKS[0] + "\n" + (text or reference()) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+def share_reference() -> str:
+    """A table of the settings of `share`."""
+    return "\n".join(_rows("", ShareConfig.model_fields)) + "\n"
 
 
 def reference() -> str:
@@ -55,12 +62,16 @@ def _table(path: str, model: type[BaseModel]) -> Iterator[str]:
     yield ""
     yield " ".join((model.__doc__ or "").split())
     yield ""
+    yield from _rows(path, own)
+    yield ""
+
+
+def _rows(path: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
     yield "| key | values | default | meaning |"
     yield "| --- | --- | --- | --- |"
-    for name, field in own.items():
+    for name, field in fields.items():
         cells = (f"`{path}{name}`", _values(field), _default(field), field.description or "")
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    yield ""
 
 
 def _values(field: FieldInfo) -> str:
@@ -114,7 +125,8 @@ def _plain(value: Any) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(page_with_reference(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, text in ((PAGE, reference()), (SHARE_PAGE, share_reference())):
+        page.write_text(page_with_reference(page.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 if __name__ == "__main__":
