@@ -16,9 +16,10 @@ from pydantic_core import PydanticUndefined
 
 from lckv_jax.config import RunConfig
 from lckv_jax.evaluate.suite_config import SuiteConfig
+from lckv_jax.share.share_config import ShareConfig
 from lckv_jax.sharing import KVSharing
 
-PAGES: dict[str, type[BaseModel]] = {"training.md": RunConfig, "evaluate.md": SuiteConfig}
+PAGES: dict[str, type[BaseModel]] = {"training.md": RunConfig, "evaluate.md": SuiteConfig, "share.md": ShareConfig}
 MARKS = ("<!-- reference: made by `python -m docs.reference` -->\n", "<!-- end of the reference -->\n")
 
 
@@ -51,8 +52,12 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in _models(inner)]
 
 
+def _is_section(annotation: Any) -> bool:
+    return bool(_models(annotation)) and get_origin(annotation) is not tuple
+
+
 def _table(path: str, model: type[BaseModel]) -> Iterator[str]:
-    own = {name: field for name, field in model.model_fields.items() if path or not _models(field.annotation)}
+    own = {name: field for name, field in model.model_fields.items() if path or not _is_section(field.annotation)}
     whole = model.__name__.removesuffix("Config").lower()
     yield f"### `{path[:-1]}`" if path else f"### The {whole}"
     yield ""

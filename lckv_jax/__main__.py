@@ -96,6 +96,13 @@ def _generate(options: argparse.Namespace) -> None:
     generate_text(options.checkpoint, options.overrides)
 
 
+def _share(options: argparse.Namespace) -> None:
+    from lckv_jax.share.command import share
+
+    names = ("layers", "data", "order", "metric", "sweep", "heal")
+    share(options.checkpoint, options.out, options.overrides, {name: getattr(options, name) for name in names})
+
+
 def _export(options: argparse.Namespace) -> None:
     _leave_accelerators_alone()
     from lckv_jax.convert.export import export
@@ -222,6 +229,19 @@ _DTYPE = _Argument(
 _SHARD = _Argument(
     "--max-shard-size", {"default": "5GB", "metavar": "SIZE", "help": "of one file of weights (default: 5GB)"}
 )
+_SHARE = (
+    _Argument("--layers", {"metavar": "C", "type": int, "help": "how many layers give up their K,V"}),
+    _Argument("--data", {"metavar": "TEXT", "action": "append", "help": "files to calibrate on, as in data.sources; "
+                         "may be given several times (default: the run's validation split)"}),
+    _Argument("--order", {"metavar": "ORDER", "help": "pairs tried first: dissimilar (the default), similar, random"}),
+    _Argument("--metric", {"metavar": "METRIC", "help": "token_l2 (the default, the released code) or flat_l2 (the "
+                           "paper)"}),
+    _Argument("--sweep", {"action": "store_const", "const": True, "help": "measure all numbers of layers and orders "
+                          "instead; OUT gets tables and a plot"}),
+    _Argument("--heal", {"metavar": "STEPS", "type": int, "help": "train on for so many steps; tell what comes back"}),
+    _Argument("overrides", {"nargs": "*", "default": [], "metavar": "a=b", "help": "threshold, sentences, tokens, "
+                            "files, max_tokens, cache, passes and others (see docs/share.md)"}),
+)  # fmt: skip
 
 _COMMANDS = {
     "train": _Command(_train, "pretrain; resumes by itself", (_CONFIG, _OVERRIDES, *_JOINING)),
@@ -237,6 +257,8 @@ _COMMANDS = {
     "processes": _Command(_processes, "who joins a run from here: processes, devices, a collective",
                           (_WAITS, *_JOINING)),
     "import": _Command(_import, "a Hugging Face folder to a run folder, also with another map", _IMPORT),
+    "share": _Command(_share, "fewer caches for a finished model, without training (KVSharer), and what that costs",
+                      (_CHECKPOINT, _OUT, *_SHARE)),
     "export": _Command(_export, "a checkpoint as a Hugging Face folder, for PyTorch",
                        (_CHECKPOINT, _OUT, _FORMAT, _DTYPE, _SHARD)),
 }  # fmt: skip

@@ -31,6 +31,10 @@ def test_command_runs(command, tmp_path, monkeypatch, capsys, request):
         if command[0] == "import":
             assert main(["export", str(run), "exported"]) == 0
         command = [str(run) if word == "runs/quickstart" else word for word in command]
+    if command[0] == "share":
+        small = ["sentences=4", "tokens=16", "max_tokens=100", "speed_repeats=0"]
+        command = [*command[:1], str(request.getfixturevalue("trained") / "run"), str(tmp_path / "out"), *command[3:]]
+        command += small
     if command[0] in ("evaluate", "generate"):
         command = [command[0], str(request.getfixturevalue("trained") / "run"), *command[2:]]
     if "--suite" in command:
