@@ -17,7 +17,7 @@ from lckv_jax.model.transformer import forward, init_params
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4}
 SIZES |= {"num_kv_heads": 2, "head_dim": 4, "init_std": 0.3}
-LONGEST = 48
+LONGEST = 32
 CYCLIC = {"sharing": "0_2_2", "no_grad_passes": 2, "grad_passes": 2}
 MAPS = {
     "cyclic": CYCLIC,
@@ -78,7 +78,7 @@ def test_they_are_the_sums_over_the_logits_of_the_same_passes(name):
 
 def test_exact_passes_are_those_of_the_perplexity():
     params, config, scorer = make()
-    requests = make_requests(12)
+    requests = [request for request in make_requests(24) if len(request[0]) > 20]
     lists = score(params, config, [context + continuation for context, continuation in requests])
     want = [row[len(context) - 1 :].sum() for row, (context, _) in zip(lists, requests)]
     exact = answers(scorer, requests, "exact")
@@ -122,11 +122,11 @@ def test_at_most_eight_programs_serve_all_lengths_and_passes():
         assert lengths == sorted(set(lengths)) and 1 <= len(lengths) <= 8 and lengths[-1] >= longest
     assert row_lengths(1024) == [32, 48, 64, 96, 128, 256, 512, 1024]
     params, config, _ = make()
-    scorer = Continuations(params, config, max_length=100, batch_tokens=200)
-    requests = make_requests(40, longest=100)
+    scorer = Continuations(params, config, max_length=64, batch_tokens=200)
+    requests = make_requests(40, longest=64)
     answers(scorer, requests)
     many = scorer.compilations
-    assert 4 <= many <= 5 == len(row_lengths(100))
+    assert many == 3 == len(row_lengths(64))
     answers(scorer, requests, "exact")
     answers(scorer, requests[:20], 1e-2)
     assert scorer.compilations == many
@@ -152,4 +152,4 @@ def test_eight_devices_give_the_same():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 3
+    assert done.stdout.count("equal") == 2

@@ -194,8 +194,11 @@ class HarnessModel(TemplateLM):
 
         Requests are (context, {until, max_gen_toks, do_sample, temperature, ...}). Greedy unless `do_sample` says
         otherwise or a temperature above 0 is given without it. A context that leaves no room for the new tokens loses
-        its beginning. Raises UserError for a setting that is not known, or if the new tokens alone fill the context.
+        its beginning. Raises UserError for a setting that is not known, if the new tokens alone fill the context, or in
+        several processes.
         """
+        if jax.process_count() > 1:
+            raise UserError("a task that generates text runs in one process only; run it by itself, in one process")
         texts = [""] * len(requests)
         groups = defaultdict(list)
         for number, request in enumerate(requests):
