@@ -2,7 +2,8 @@
 
 Prompts are tokenized as the harness' own Hugging Face model does for a Llama whose tokenizer adds BOS: the context
 begins with BOS, context and continuation are encoded together and cut where the context's own tokens end, spaces at the
-end of a context belong to the continuation, and rolling text is predicted after BOS in windows that share no token.
+end of a context belong to the continuation. Rolling text is predicted after BOS in windows that share no token; that
+model predicts a second BOS after the first, which is none of the text and is left out here.
 """
 
 from __future__ import annotations
