@@ -275,6 +275,31 @@ def test_lines_that_do_not_fit(tmp_path, change, told):
         )
 
 
+def test_a_choice_without_its_context_decides_nothing(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"q": "a", "c": ["b", "d"], "label": 0}))
+    (tmp_path / "mine.yaml").write_text(
+        "{task: mine, dataset_path: json, dataset_kwargs: {data_files: {test: mine.jsonl}}, test_split: test, "
+        "output_type: multiple_choice, doc_to_text: q, doc_to_choice: c, doc_to_target: label, "
+        "metric_list: [{metric: acc_mutual_info}], metadata: {version: 1}}"
+    )
+    (task,) = load_tasks(["mine"], folder=tmp_path, data=tmp_path)
+    by_passes = {"trained": [-3.0, -5.0, -1.0, -9.0], "exact": [-3.0, -5.0, -9.0, -1.0]}
+
+    class Model:
+        config, cut, compilations, passes = tiny()[1], set(), 0, "trained"
+
+        def with_passes(self, passes):
+            other = Model()
+            other.passes = passes
+            return other
+
+        def loglikelihood(self, requests):
+            return [(logp, False) for logp in by_passes[self.passes]]
+
+    difference = run_task(Model(), task).exact_difference
+    assert (difference.changed, difference.largest) == (0, 8.0)
+
+
 @pytest.mark.parametrize(
     "how", ['gen_prefix: "{{hint}}"', "gen_prefix: hint", 'description: "{{hint}}! "', "gen_prefix: H"]
 )
