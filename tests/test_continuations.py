@@ -11,6 +11,7 @@ import pytest
 
 from lckv_jax import ModelConfig
 from lckv_jax.errors import UserError
+from lckv_jax.evaluate import continuations
 from lckv_jax.evaluate.continuations import Continuations, row_lengths
 from lckv_jax.evaluate.perplexity import score
 from lckv_jax.model.transformer import forward, init_params
@@ -130,6 +131,16 @@ def test_at_most_eight_programs_serve_all_lengths_and_passes():
     answers(scorer, requests, "exact")
     answers(scorer, requests[:20], 1e-2)
     assert scorer.compilations == many
+
+
+def test_one_pass_and_exact_ones_share_the_number_of_programs(monkeypatch):
+    monkeypatch.setattr(continuations, "_MOST_SHAPES", 2)
+    params, config, _ = make("one pass")
+    scorer = Continuations(params, config, max_length=64, batch_tokens=32)
+    requests = [([1] * length, [2]) for length in (5, 60)]
+    answers(scorer, requests)
+    answers(scorer, requests, "exact")
+    assert scorer.compilations == 2
 
 
 def test_what_has_no_number_is_told():

@@ -161,6 +161,12 @@ def test_sampling_is_as_asked_for():
         ask(lm, ("ab", {**kwargs, "top_p": 2.0}))
 
 
+def test_repeats_of_one_context_are_drawn_anew_in_each_batch():
+    lm = HarnessModel(params(), CONFIG, Letters(), max_length=64, passes="exact", batch_tokens=256)
+    found = ask(lm, *[("ab", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0})] * 12)
+    assert len(set(found)) == 12
+
+
 def test_finished_texts_are_kept(tmp_path):
     arguments = [("ab", {"until": ["\n"], "max_gen_toks": 4}), ("cd", {"until": ["\n"], "max_gen_toks": 4})]
     first = ask(model(finished=tmp_path / "a.jsonl"), *arguments)

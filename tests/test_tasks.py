@@ -262,7 +262,7 @@ def lines(folder, task, change):
         (lambda item: '{"question_stem": ', r"openbookqa.test.jsonl, line 2 is no JSON object"),
         (
             lambda item: json.dumps({**item, "question_stem": 7}),
-            r"openbookqa.yaml does not fit .*openbookqa.test.jsonl",
+            r"openbookqa.test.jsonl, line 2 does not fit the lines before it",
         ),
         (lambda item: json.dumps({**item, "choices": {"label": ["A"]}}), r"openbookqa"),
     ],
@@ -273,6 +273,46 @@ def test_lines_that_do_not_fit(tmp_path, change, told):
             HarnessModel(*tiny("standard"), max_length=64),
             *load_tasks(["openbookqa"], data=lines(tmp_path, "openbookqa", change)),
         )
+
+
+def test_a_choice_without_its_context_decides_nothing(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"q": "a", "c": ["b", "d"], "label": 0}))
+    (tmp_path / "mine.yaml").write_text(
+        "{task: mine, dataset_path: json, dataset_kwargs: {data_files: {test: mine.jsonl}}, test_split: test, "
+        "output_type: multiple_choice, doc_to_text: q, doc_to_choice: c, doc_to_target: label, "
+        "metric_list: [{metric: acc_mutual_info}], metadata: {version: 1}}"
+    )
+    (task,) = load_tasks(["mine"], folder=tmp_path, data=tmp_path)
+    by_passes = {"trained": [-3.0, -5.0, -1.0, -9.0], "exact": [-3.0, -5.0, -9.0, -1.0]}
+
+    class Model:
+        config, cut, compilations, passes = tiny()[1], set(), 0, "trained"
+
+        def with_passes(self, passes):
+            other = Model()
+            other.passes = passes
+            return other
+
+        def loglikelihood(self, requests):
+            return [(logp, False) for logp in by_passes[self.passes]]
+
+    difference = run_task(Model(), task).exact_difference
+    assert (difference.changed, difference.largest) == (0, 8.0)
+
+
+@pytest.mark.parametrize(
+    "how", ['gen_prefix: "{{hint}}"', "gen_prefix: hint", 'description: "{{hint}}! "', "gen_prefix: H"]
+)
+def test_fields_of_what_stands_around_a_prompt(tmp_path, how):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"q": "a", "c": ["b", "d"], "label": 0, "hint": "H"}))
+    (tmp_path / "mine.yaml").write_text(
+        "{task: mine, dataset_path: json, dataset_kwargs: {data_files: {test: mine.jsonl}}, test_split: test, "
+        "output_type: multiple_choice, doc_to_text: q, doc_to_choice: c, doc_to_target: label, "
+        f"{how}, metric_list: [{{metric: acc}}], metadata: {{version: 1}}}}"
+    )
+    (task,) = load_tasks(["mine"], folder=tmp_path, data=tmp_path)
+    run_task(HarnessModel(*tiny("standard"), max_length=64), task)
+    assert task.task.instances[0].args[0] == ("H! a" if "description" in how else "a H")
 
 
 def test_files_that_are_not_there_or_empty(tmp_path, data):

@@ -61,11 +61,14 @@ class Continuations:
         self._params = jax.tree.map(jnp.asarray, params)
         self._batch_tokens = batch_tokens
         self._mesh = mesh
+        kinds = 1 + (self.config.sharing.cyclic and _is_single(self.config, "trained"))  # of programs for each length
+        self._lengths = row_lengths(max_length, _MOST_SHAPES // kinds)
         self._programs: dict[tuple[int, bool], Any] = {}
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far: one for each length of rows, whatever the passes; at most 8."""
+        """Programs compiled so far: one for each length of rows, whatever the passes (where m + b = 1, which needs no
+        loop, one more for other passes); at most 8."""
         return len(self._programs)
 
     def score(self, requests: Sequence[Request], passes: Passes) -> Iterator[list[tuple[int, Answer]]]:
@@ -81,7 +84,7 @@ class Continuations:
         if rows and len(rows[0].inputs) > self.max_length:
             raise ValueError(f"a row of {len(rows[0].inputs)} tokens, but max_length={self.max_length}")
         while rows:
-            length = next(length for length in row_lengths(self.max_length) if length >= len(rows[0].inputs))
+            length = next(length for length in self._lengths if length >= len(rows[0].inputs))
             count = self._rows_of(length)
             batch, rows = rows[:count], rows[count:]
             yield self._answers(batch, self._run(batch, length, passes))
@@ -121,13 +124,13 @@ class Continuations:
         return answers
 
 
-def row_lengths(max_length: int) -> list[int]:
-    """The lengths that rows are filled up to, at most 8: powers of two to the first that holds `max_length`, and as far
-    as that leaves room, from the shortest on, what lies half-way between two of them."""
+def row_lengths(max_length: int, most: int = _MOST_SHAPES) -> list[int]:
+    """The lengths that rows are filled up to, at most `most`: powers of two to the first that holds `max_length`, and
+    as far as that leaves room, from the shortest on, what lies half-way between two of them."""
     top = 1 << max(max_length - 1, _LEAST_LENGTH - 1).bit_length()
-    powers = [top >> n for n in range(_MOST_SHAPES) if top >> n >= _LEAST_LENGTH][::-1]
+    powers = [top >> n for n in range(most) if top >> n >= _LEAST_LENGTH][::-1]
     between = [power * 3 // 2 for power in powers[:-1]]
-    return sorted(powers + between[: _MOST_SHAPES - len(powers)])
+    return sorted(powers + between[: most - len(powers)])
 
 
 def _rows(requests: Sequence[Request]) -> list[_Row]:

@@ -2,7 +2,8 @@
 
 Prompts are tokenized as the harness' own Hugging Face model does for a Llama whose tokenizer adds BOS: the context
 begins with BOS, context and continuation are encoded together and cut where the context's own tokens end, spaces at the
-end of a context belong to the continuation, and rolling text is predicted after BOS in windows that share no token.
+end of a context belong to the continuation. Rolling text is predicted after BOS in windows that share no token; that
+model predicts a second BOS after the first, which is none of the text and is left out here.
 """
 
 from __future__ import annotations
@@ -231,23 +232,25 @@ class HarnessModel(TemplateLM):
             else:
                 todo.append((number, ids, key))
         todo.sort(key=lambda entry: (-len(entry[1]), entry[1]))
+        drawn = 0
         while todo:
             length = next(length for length in row_lengths(self.max_length) if length >= len(todo[0][1]))
             count = 1 << max(0, (self._batch_tokens // (length + until.max_gen_toks)).bit_length() - 1)
             batch, todo = todo[:count], todo[count:]
-            texts = self._texts(until, [ids for _, ids, _ in batch], length)
+            texts = self._texts(until, [ids for _, ids, _ in batch], length, (self.seed + drawn) % 2**32)
+            drawn += len(batch)
             if until.sampling is None:
                 self._finished.add((key, text) for (_, _, key), text in zip(batch, texts))
             yield from ((number, text) for (number, _, _), text in zip(batch, texts))
 
-    def _texts(self, until: _Until, prompts: list[list[int]], length: int) -> list[str]:
-        """The texts that prompts of at most `length` tokens are continued with.
+    def _texts(self, until: _Until, prompts: list[list[int]], length: int, seed: int) -> list[str]:
+        """The texts that prompts of at most `length` tokens are continued with; sampling draws row i with seed + i.
 
         A row ends after a token whose own text holds a stop string; others are found in the text of all tokens. Copies
         of the last prompt fill the rows up to a power of two: few shapes, and none of them lasts longer.
         """
         stop = _stop_tokens(self.tokenizer, until.stops) | {self.eot_token_id}
-        sampling = until.sampling and until.sampling.model_copy(update={"seed": self.seed})
+        sampling = until.sampling and until.sampling.model_copy(update={"seed": seed})
         rows = generate(
             self._weights(),
             self.config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lckv_jax.errors import UserError
 
+_OFTEN_WORDS = ("description", "gen_prefix")  # of a task file: the same for all items, or made from their fields
 _LOUD = ("lm_eval", "datasets", "huggingface_hub")
 
 
@@ -89,17 +91,37 @@ def load_local(name: str, path: Path, data: Path | None) -> LoadedTask:
 
         config = _config(path, resolve=True)
     split, file = _data_file(path, config, data)
-    rows, sha256 = _read_rows(file, _fields(config), path.name)
+    rows, sha256 = _read_rows(file, _fields(config), _words(config), path.name)
     config = {key: value for key, value in config.items() if key not in ("tag", "dataset_path", "dataset_kwargs")}
     version = str((config.get("metadata") or {}).get("version", "unknown"))
     try:
+        table = pa.Table.from_pylist(rows)
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{file}, line {_first_misfit(rows)} does not fit the lines before it: {_first_line(error)}; mend it"
+        ) from error
+    try:
         with quiet():
             # with a fingerprint, or the library pickles everything to find one, which asks for torch
-            documents = Dataset(InMemoryTable(pa.Table.from_pylist(rows)), fingerprint=sha256[:16])
+            documents = Dataset(InMemoryTable(table), fingerprint=sha256[:16])
             task = ConfigurableTask(config={**config, "custom_dataset": lambda **_: {split: documents}})
     except Exception as error:  # whatever the harness or a template can meet
         raise UserError(f"{path} does not fit {file}, line 1: {_first_line(error)}; mend one of them") from error
     return LoadedTask(name, task, file.name, sha256, version)
+
+
+def _first_misfit(rows: Sequence[dict[str, Any]]) -> int:
+    """The number of the first row that makes no table with those before it; there is one."""
+    import pyarrow as pa
+
+    def misfits(count: int) -> bool:
+        try:
+            pa.Table.from_pylist(rows[:count])
+        except pa.ArrowException:
+            return True
+        return False
+
+    return 1 + bisect.bisect_left(range(1, len(rows)), True, key=misfits)
 
 
 def _data_file(path: Path, config: dict[str, Any], data: Path | None) -> tuple[str, Path]:
@@ -124,20 +146,26 @@ def _fields(config: dict[str, Any]) -> set[str] | None:
     from jinja2 import meta
     from lm_eval.utils import env
 
-    used = [
-        config.get(key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
-    ]
-    if any(callable(value) for value in used):
+    keys = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results", *_OFTEN_WORDS)
+    used = {key: config.get(key) for key in keys}
+    if any(callable(value) for value in used.values()):
         return None
     fields: set[str] = set()
-    for value in used:
+    for key, value in used.items():
         if isinstance(value, str):
             names = meta.find_undeclared_variables(env.parse(value))
-            fields |= names or ({value} if value.isidentifier() else set())
+            fields |= names or ({value} if value.isidentifier() and key not in _OFTEN_WORDS else set())
     return fields
 
 
-def _read_rows(file: Path, fields: set[str] | None, needed_by: str) -> tuple[list[dict[str, Any]], str]:
+def _words(config: dict[str, Any]) -> set[str]:
+    """What is a field where a line has it, and else a word of the prompt."""
+    return {str(config[key]) for key in _OFTEN_WORDS if config.get(key)}
+
+
+def _read_rows(
+    file: Path, fields: set[str] | None, words: set[str], needed_by: str
+) -> tuple[list[dict[str, Any]], str]:
     """The wanted fields of each line, and the sha256 of the file."""
     try:
         content = file.read_bytes()
@@ -156,7 +184,7 @@ def _read_rows(file: Path, fields: set[str] | None, needed_by: str) -> tuple[lis
             raise UserError(f"{file}, line {number} is no JSON object; mend or delete it")
         if missing := sorted((fields or set()) - row.keys()):
             raise UserError(f"{file}, line {number} has no field {missing[0]!r}, which {needed_by} needs; add it")
-        rows.append(row if fields is None else {name: row[name] for name in sorted(fields)})
+        rows.append(row if fields is None else {name: row[name] for name in sorted(fields | words & row.keys())})
     if not rows:
         raise UserError(f"{file} has no lines; give at least one item")
     return rows, hashlib.sha256(content).hexdigest()

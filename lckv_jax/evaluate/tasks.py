@@ -139,8 +139,7 @@ def _check_choices(task: LoadedTask, limit: int | None) -> float | None:
     inner, by_doc = task.task, _by_doc(task.task.instances)
     if inner.OUTPUT_TYPE != "multiple_choice":
         return None
-    asked_twice = "acc_mutual_info" in inner.aggregation()  # with the context and without
-    counts = [len(by_doc[number]) // (1 + asked_twice) for number in sorted(by_doc)]
+    counts = [len(by_doc[number]) // _times_asked(inner) for number in sorted(by_doc)]
     find_answer = inner.doc_to_text if inner.multiple_input else inner.doc_to_target
     for number, (doc, count) in enumerate(zip(islice(inner.eval_docs, limit), counts), 1):
         answer = find_answer(doc)
@@ -149,6 +148,11 @@ def _check_choices(task: LoadedTask, limit: int | None) -> float | None:
                 f"{task.data}, line {number}: answer {answer} (counted from 0) of {count} choices; mend the line"
             )
     return float(np.mean([1 / count for count in counts]))
+
+
+def _times_asked(inner: Any) -> int:
+    """How often an item asks for each of its choices: with the context, and after all of those perhaps without."""
+    return 1 + ("acc_mutual_info" in inner.aggregation())
 
 
 def _ask(lm: HarnessModel, instances: Sequence[Any]) -> None:
@@ -221,13 +225,14 @@ def _exact_difference(lm: HarnessModel, inner: Any, instances: Sequence[Any]) ->
     exact = [[next(answers) for _ in of_doc] for of_doc in by_doc.values()]
     moved = [abs(_logp(a) - _logp(b)) for a, b in zip(chain(*ours), chain(*exact))]
     docs = [of_doc[0].doc for of_doc in by_doc.values()]
+    asked = [len(of_doc) // _times_asked(inner) for of_doc in by_doc.values()]
     with quiet():
         both = [_values(inner, docs, found) for found in (ours, exact)]
     return ExactDifference(
         items=len(docs),
         mean=float(np.mean(moved)),
         largest=float(np.max(moved)),
-        changed=sum(_decision(a) != _decision(b) for a, b in zip(ours, exact)),
+        changed=sum(_decision(a[:n]) != _decision(b[:n]) for a, b, n in zip(ours, exact, asked)),
         metrics={
             name: (_aggregate(inner, name, both[0][name]), _aggregate(inner, name, both[1][name])) for name in both[0]
         },
