@@ -359,3 +359,13 @@ def test_bad_input_is_told():
         search(params, config, np.where(TOKENS.max() == TOKENS, 64, TOKENS), 1)
     with pytest.raises(UserError, match="are integers"):
         search(params, config, TOKENS / 2, 1)
+
+
+@pytest.mark.parametrize("base", ["standard", "0_2_2_3"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_model_that_diverged_is_refused(base, layer):
+    """Layer 3 is the last, whose output no keys and values show."""
+    params, config = model(base, num_layers=4)
+    params["layers"]["wo"] = params["layers"]["wo"].at[layer].set(np.nan)
+    with pytest.raises(UserError, match="not finite"):
+        search(params, config, TOKENS, 1, valid_BT=VALID)

@@ -199,6 +199,7 @@ def test_bad_input_gets_one_sentence(trained, tmp_path, capsys):
     check("threshold: input should be less than or equal to 1", "--layers", 1, "threshold=1.5")
     check("there is no policy 'sink(4,60)'; did you mean sinks?", "--layers", 1, "cache=sink(4,60)")
     check("chooses its tokens when a prompt ends", "--layers", 1, "cache=budget(12,4,snapkv)")
+    check("prompt_tokens=99 leaves nothing to decode", "--layers", 1, "prompt_tokens=99", *OWN)
     check("unknown name 'exactly'", "--layers", 1, "passes=exactly")
     check("which make", "--layers", 1, "sentences=100000")
     check("nowhere.txt", "--layers", 1, "--data", tmp_path / "nowhere.txt")

@@ -39,6 +39,12 @@ def test_few_documents_give_more_than_their_beginnings():
     assert plain(rest.tokens) == [*range(26, 42), *range(50, 54)]
 
 
+def test_a_document_that_comes_twice_does_not_serve_twice():
+    rows, rest = cut_sentences(text(range(2, 22), range(22, 42), range(2, 22), range(50, 70)), 2, 9)
+    assert [row[1] for row in rows] == [2, 22]
+    assert plain(rest.tokens) == [*range(50, 70), *range(10, 22), *range(30, 42)]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_token_is_lost_or_serves_twice(seed):
     rng = np.random.default_rng(seed)

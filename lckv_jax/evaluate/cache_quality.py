@@ -74,12 +74,7 @@ def measure_caches(
     """
     check_dtype(config)
     skipped = prompt.tokens if prompt else 0
-    longer = [piece for piece in pieces if len(piece) > skipped + 1]
-    if not longer:
-        raise UserError(
-            f"prompt_tokens={skipped} leaves nothing to decode: no text of a row has two tokens more; give fewer, a "
-            "larger seq_len, or packing=joined"
-        )
+    longer = longer_than_prompts(pieces, skipped)
     params, ordered = jax.tree.map(jax.numpy.asarray, params), sorted(longer, key=len, reverse=True)
     weights = unstack(params, config)
     batches = [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
@@ -102,6 +97,17 @@ def measure_caches(
             buckets = _buckets(nats, skipped, by_position) if by_position else ()
             reports.append(_report(cache, nats, text_bytes, row_bytes, timed, buckets))
     return reports
+
+
+def longer_than_prompts(pieces: Sequence[np.ndarray], prompt_tokens: int) -> list[np.ndarray]:
+    """The pieces that leave something to score after a prompt of so many tokens. Raises UserError if there is none."""
+    longer = [piece for piece in pieces if len(piece) > prompt_tokens + 1]
+    if not longer:
+        raise UserError(
+            f"prompt_tokens={prompt_tokens} leaves nothing to decode: no text of a row has two tokens more; give "
+            "fewer, a larger seq_len, or packing=joined"
+        )
+    return longer
 
 
 def _report(

@@ -98,7 +98,8 @@ def cut_sentences(text: Text, sentences: int, tokens: int) -> tuple[list[np.ndar
     whole_first = sorted(zip(documents, taken), key=lambda entry: entry[1] > 0)
     rest = [document[start:] for document, start in whole_first]
     what = f"{text.what} after the calibration"
-    return rows, _joined(text._replace(what=what), [body for body in rest if len(body)])
+    left = _joined(text._replace(what=what), [body for body in rest if len(body)])
+    return rows, without(left, rows)  # the text may hold a document more than once
 
 
 def without(text: Text, rows: Sequence[np.ndarray]) -> Text:

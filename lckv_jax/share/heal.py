@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
 from shlex import quote
 
 from lckv_jax.checkpoint import load
@@ -37,7 +40,7 @@ def heal(job: Job, record: report.Record) -> None:
     found["recovered"] = _share_of(nats["after sharing"] - nats["healed"], lost)
     if wanted.heal_control:
         nats["unshared, as many steps"] = _trained(
-            job, "unshared", [f"init_from={job.checkpoint}", f"model.sharing={before.sharing}"]
+            job, "unshared", [f"init_from={_quoted(job.checkpoint)}", f"model.sharing={before.sharing}"]
         )
         lost = nats["after sharing"] - nats["unshared, as many steps"]
         found["recovered_of_control"] = _share_of(nats["after sharing"] - nats["healed"], lost)
@@ -61,15 +64,22 @@ def overrides(job: Job, name: str) -> list[str]:
     run, steps = job.loaded.config, job.wanted.heal
     assert steps is not None, "only asked for with heal"
     found = [
-        f"out={job.target / name}",
+        f"out={_quoted(job.target / name)}",
         f"seed={(run.seed + 1) % 2**32}",
         f"train.steps={steps}",
         f"train.eval_every={steps}",
         f"train.save_every={steps}",
-        f"optimizer.learning_rate={_learning_rate(job):.6g}",
+        f"optimizer.learning_rate={_learning_rate(job)}",
         f"optimizer.warmup_steps={min(run.optimizer.warmup_steps, steps // 10)}",
     ]
     return [*found, "train.no_grad_passes_schedule=[]"] if run.train.no_grad_passes_schedule else found
+
+
+def _quoted(path: Path | str) -> str:
+    """The path as the value of an override, in quotes unless plain: ` #` would begin a comment, 12 be a number."""
+    text = str(path)
+    plain = "/" in text and re.fullmatch(r"[\w./~-]+", text, re.ASCII)
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _trained(job: Job, name: str, more: list[str]) -> float:

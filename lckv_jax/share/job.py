@@ -12,6 +12,9 @@ from rich.console import Console
 
 from lckv_jax.checkpoint import Loaded, load_step
 from lckv_jax.decode.generate import check_cache
+from lckv_jax.errors import UserError
+from lckv_jax.evaluate.cache_quality import longer_than_prompts
+from lckv_jax.evaluate.rows import text_pieces
 from lckv_jax.model.refine import stop_rule
 from lckv_jax.model.transformer import check_dtype
 from lckv_jax.share.calibration import Texts, read_texts
@@ -39,7 +42,7 @@ class Job(NamedTuple):
 
 
 def load_job(checkpoint: str, target: Path, wanted: ShareConfig, console: Console) -> Job:
-    """The model and the texts. Raises UserError for settings that the model cannot serve."""
+    """The model and the texts. Raises UserError for settings that the model cannot serve or the texts."""
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     loaded = load_step(checkpoint, report=say)
     run = loaded.config
@@ -58,11 +61,23 @@ def load_job(checkpoint: str, target: Path, wanted: ShareConfig, console: Consol
         max_tokens=wanted.max_tokens,
     )
     job = Job(checkpoint, target, wanted, loaded, Model(loaded.params, config), texts, console)
+    _check_prompts(job)
     own = "" if wanted.data else " (no --data was given)"
     say(f"{checkpoint}, step {loaded.step}: map {config.sharing}")
     say(f"calibration: {wanted.sentences} sentences of at most {wanted.tokens} tokens of {texts.what}{own}")
     say(f"held-out: {len(texts.held_out.tokens):,} tokens of {texts.held_out.what}")
     return job
+
+
+def _check_prompts(job: Job) -> None:
+    """Raises UserError, before anything is searched or written, if no held-out text is longer than a prompt."""
+    setting = setting_of(job)
+    try:
+        longer_than_prompts(text_pieces(setting.text, setting.seq_len, setting.packing), setting.prompt_tokens or 0)
+    except UserError as error:  # packing is no setting of share
+        raise UserError(
+            str(error).replace("fewer, a larger seq_len, or packing=joined", "fewer, or a larger seq_len")
+        ) from error
 
 
 def run_search(job: Job, layers: int, order: Order, seed: int) -> tuple[Result, float]:

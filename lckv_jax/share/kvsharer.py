@@ -78,7 +78,8 @@ def search(
     calibration_tokens_BT: one sentence a row; valid_BT: which tokens are not padding. passes: over cyclic spans, see
     `refine.stop_rule`. report: called after each trial.
     `convert.reshare.reshare(params, config, result.sharing, "own")` drops the projections.
-    Raises UserError for a number that cannot be given up, naming what can be, and for sentences that are none.
+    Raises UserError for a number that cannot be given up, naming what can be, for sentences that are none, and for a
+    model whose hidden states are not finite.
     """
     check_names(order, metric)
     check_asked(config.sharing, num_shared)

@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 
 class Quality(NamedTuple):
     """One model's losses. prefill: all tokens at once, by each setting of passes. decode: token by token on the full
-    cache. caches: token by token on each cache, after the prompts if there are any."""
+    cache. caches: token by token on each of the setting's caches in turn, after the prompts if there are any."""
 
     prefill: tuple[Report, ...]
     decode: CacheReport
@@ -93,12 +93,13 @@ def quality(model: Model, setting: Setting, console: Console | None = None) -> Q
     pieces = text_pieces(setting.text, setting.seq_len, setting.packing)
     decode = partial(measure_caches, model.params, config, pieces, batch_size=setting.batch_size, console=console)
     if setting.prompt_tokens is None:
-        found = decode(caches=tuple(dict.fromkeys(("full", *caches))))
-        of_caches = [report for report in found if report.cache in caches]
+        full, *others = decode(caches=("full", *(cache for cache in caches if cache != "full")))
+        found = {report.cache: report for report in (full, *others)}
+        of_caches = [found[cache] for cache in caches]
     else:
-        found = decode(caches=("full",))
+        (full,) = decode(caches=("full",))
         of_caches = decode(caches=caches, prompt=Prompt(setting.prompt_tokens, setting.passes))
-    return Quality(losses(model, setting, console), found[0], tuple(of_caches))
+    return Quality(losses(model, setting, console), full, tuple(of_caches))
 
 
 def plan(model: ModelConfig, cache: str, setting: Setting) -> Work:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lckv_jax.convert.reshare import reshare
+from lckv_jax.errors import UserError
 from lckv_jax.model.attention import wider
 from lckv_jax.model.layers import KV, Context, Params, Stack, layer, make_context, project_kv, rms_norm, take_stack
 from lckv_jax.model.refine import Passes
@@ -44,11 +45,22 @@ def make_trials(params: Params, config: ModelConfig, sentences: Sentences, passe
     """Trials of maps that give up owners of `config.sharing`, on these sentences.
 
     Without upward layers all maps are one compiled program, which recomputes only the layers from the first that
-    differs. With them each map is compiled and runs its passes.
+    differs. With them each map is compiled and runs its passes. Raises UserError for a model that computes what is not
+    finite.
     """
     return _solved_trials(params, config, sentences, passes) if config.sharing.cyclic else _traced_trials(
         params, config, sentences
     )  # fmt: skip
+
+
+def _check_finite(base_BTD: jax.Array, kv: KV, sentences: Sentences) -> None:
+    """Raises UserError for a model whose own hidden states or keys and values are not finite: none is near them."""
+    valid_BT = sentences.valid_BT
+    found = (jnp.isfinite(base_BTD[valid_BT]), *(jnp.isfinite(x[:, valid_BT]) for x in kv))
+    if not all(bool(finite.all()) for finite in found):
+        raise UserError(
+            "share: the model's hidden states are not finite: its parameters are of no use; give an earlier checkpoint"
+        )
 
 
 @jax.jit
@@ -81,6 +93,7 @@ def _traced_trials(params: Params, config: ModelConfig, sentences: Sentences) ->
     start = _first_state(params, config, sentences.tokens_BT)
     base_BTD, kept = sweep(start, config.sharing.sources, 0)
     kv, tried = kept.kv, kept
+    _check_finite(base_BTD, kv, sentences)
 
     def of(sources: tuple[int, ...], first: int) -> float:
         nonlocal tried
@@ -166,6 +179,7 @@ def _alike(sharing: KVSharing) -> list[Run]:
 
 def _solved_trials(params: Params, config: ModelConfig, sentences: Sentences, passes: Passes) -> Trials:
     base_BTD, kv = _solve(params, config, *sentences, passes)
+    _check_finite(base_BTD, kv, sentences)
 
     def of(sources: tuple[int, ...], first: int) -> float:
         dropped, model = reshare(params, config, KVSharing(sources, config.sharing.windowed), "own")
