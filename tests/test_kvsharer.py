@@ -248,9 +248,7 @@ def test_padding_changes_nothing():
     padded[:, :12] = TOKENS
     valid = np.zeros((5, 128), bool)
     valid[:, :12] = VALID
-    for long, there in ((padded, valid), (padded[:, ::-1][:, ::-1], valid)):
-        found = search(params, config, long, 3, valid_BT=there, threshold=-1.0)
-        assert found.pairs == short.pairs
+    assert search(params, config, padded, 3, valid_BT=valid, threshold=-1.0).pairs == short.pairs
     left = [np.roll(x, 128 - 12, axis=1) for x in (padded, valid)]
     assert search(params, config, left[0], 3, valid_BT=left[1], threshold=-1.0).pairs == short.pairs
     one = search(params, config, TOKENS[1:2, :7], 1, threshold=-1.0)

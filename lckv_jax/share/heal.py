@@ -10,7 +10,7 @@ from shlex import quote
 
 from lckv_jax.checkpoint import load
 from lckv_jax.config import RunConfig, load_config
-from lckv_jax.errors import UserError
+from lckv_jax.errors import Stopped, UserError
 from lckv_jax.share import report
 from lckv_jax.share.job import Job, setting_of
 from lckv_jax.share.measures import Model, losses
@@ -85,8 +85,13 @@ def _quoted(path: Path | str) -> str:
 def _trained(job: Job, name: str, more: list[str]) -> float:
     """Nats a token after the training in OUT/`name`."""
     path, changes = job.target / "config.json", [*overrides(job, name), *more]
-    job.say(f"python -m lckv_jax train {quote(str(path))} {' '.join(map(quote, changes))}")
-    train(load_config(path, changes))
+    command = f"python -m lckv_jax train {quote(str(path))} {' '.join(map(quote, changes))}"
+    job.say(command)
+    try:
+        train(load_config(path, changes))
+    except Stopped as stopped:  # `share` itself cannot go on: OUT is there
+        steps = str(stopped).partition(";")[0]
+        raise Stopped(f"{steps}; {job.target} is whole, and only the healing goes on, by: {command}") from None
     params, run, _ = load(job.target / name, report=job.say)
     config = run.model.model_copy(update={"dtype": job.model.config.dtype})
     nats = losses(Model(params, config), setting_of(job), job.console)[0].nats

@@ -148,8 +148,13 @@ def heal_table(record: Record) -> Iterator[str]:
         if of_lost is None
         else f"{heal['steps']} steps bring back {of_lost:.0%} of what sharing lost."
     )
-    if (of_control := heal.get("recovered_of_control")) is not None:
-        yield f"They close {of_control:.0%} of the distance to the unshared model after as many more steps of its own."
+    if "recovered_of_control" in heal:
+        of_control = heal["recovered_of_control"]
+        yield (
+            "The unshared model ends no better than the shared one began, after as many more steps of its own."
+            if of_control is None
+            else f"They close {of_control:.0%} of the distance to the unshared model after as many steps of its own."
+        )
 
 
 def markdown(record: Record) -> str:
