@@ -289,8 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _failed(INTERRUPTED, "the reader of its output is gone") if _joined() else 0
-    except KeyboardInterrupt:
-        return _failed(INTERRUPTED, "stopped; nothing that was saved is lost: run the same command again")
+    except KeyboardInterrupt as interrupt:
+        again = "stopped; nothing that was saved is lost: run the same command again"
+        return _failed(INTERRUPTED, str(interrupt) or again)
     except Stopped as stopped:
         return _ended(STOPPED, str(stopped))
     return _ended(0)

@@ -307,7 +307,7 @@ def card_of(folder, *, step=9, init_from=None, out="out", **model):
 def test_the_card_tells_no_training_that_was_not(tmp_path):
     """The config of an import proposes a training; its checkpoint, of step 0, has had none."""
     text = card_of(tmp_path / "imported", step=0, init_from=str(tmp_path / "imported"), out="a")
-    assert "were imported from another model" in text and "not trained further" in text
+    assert "are those of another model" in text and "not trained further" in text
     untrained = card_of(tmp_path / "new", step=0, out="b")
     assert "its weights are random" in untrained
     for card in (text, untrained):

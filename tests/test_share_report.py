@@ -58,14 +58,26 @@ def test_a_trial_tells_what_is_read_instead_of_what_was_ranked():
 @pytest.mark.parametrize(
     ("recovered", "of_control", "told"),
     [
-        (0.5, None, "100 steps bring back 50% of what sharing lost."),
-        (None, None, "Sharing lost nothing on this text."),
-        (2.97, 0.91, "They close 91% of the distance to the unshared model after as many more steps of its own."),
+        (0.5, "none", "100 steps bring back 50% of what sharing lost."),
+        (
+            -0.04,
+            "none",
+            "100 steps bring nothing back: the loss rises by another 4% of what sharing lost; try more steps, "
+            "or a lower heal_learning_rate.",
+        ),
+        (None, "none", "Sharing lost nothing on this text."),
+        (2.97, 0.91, "They close 91% of the distance to the unshared model after as many steps of its own."),
+        (
+            0.5,
+            None,
+            "The unshared model ends no better than the shared one began, after as many steps of its own.",
+        ),
     ],
 )
 def test_healing_is_told(recovered, of_control, told):
     heal = {"steps": 100, "recovered": recovered, "nats": {"before sharing": 1.0, "healed": 1.1}}
-    lines = list(report.heal_table({"heal": heal | {"recovered_of_control": of_control}}))
+    control = {} if of_control == "none" else {"recovered_of_control": of_control}
+    lines = list(report.heal_table({"heal": heal | control}))
     assert "| healed | 1.1000 | 3.004 |" in lines and lines[-1] == told
 
 

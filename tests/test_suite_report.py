@@ -54,7 +54,7 @@ def a_task(**changes):
 
 
 def written(folder, records, subject=None, missing=()):
-    head = suite_report.facts("runs/x", "some.yaml", {"passes": "trained"}, subject or a_subject())
+    head = suite_report.facts("runs/x", "some.yaml", ["tasks.limit=5"], {"passes": "trained"}, subject or a_subject())
     suite_report.write_report(folder, {**head, "missing": list(missing), "entries": records})
     found = json.loads((folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     return found, (folder / "results.md").read_text()
@@ -68,6 +68,7 @@ def row(page, start):
 def test_the_head_tells_what_was_measured_and_by_what(tmp_path, monkeypatch):
     monkeypatch.setattr(suite_report, "commit", lambda: "1a2b3c4-dirty")
     found, page = written(tmp_path, [a_record("perplexity", "books", windows())])
+    assert "| suite | some.yaml `tasks.limit=5` |" in page and found["suite"]["overrides"] == ["tasks.limit=5"]
     assert found["checkpoint"]["step"] == 9 and found["checkpoint"]["sharing"] == "0_2_2_3"
     assert found["checkpoint"]["model"]["hidden_size"] == 16
     assert (found["code"]["commit"], found["code"]["dirty"]) == ("1a2b3c4", True)

@@ -258,6 +258,7 @@ def lines(folder, task, change):
             lambda item: json.dumps({"choices": 1, "answerKey": "A"}),
             r"line 2 has no field 'question_stem', which openb",
         ),
+        (lambda item: json.dumps({**item, "question_stem": None}), r"line 2 has no field 'question_stem'"),
         (lambda item: "[1, 2]", r"openbookqa.test.jsonl, line 2 is no JSON object"),
         (lambda item: '{"question_stem": ', r"openbookqa.test.jsonl, line 2 is no JSON object"),
         (

@@ -97,8 +97,8 @@ def _about(config: RunConfig, *, trained: bool) -> Iterator[str]:
         yield f"{what} It is not trained: its weights are random."
     else:
         yield (
-            f"{what} Its weights were imported from another model with lckv_jax (and converted, if that one had "
-            "another sharing map or more K/V heads) and not trained further."
+            f"{what} Its weights are those of another model, taken by lckv_jax (and converted, if that one had another "
+            "sharing map or more K/V heads) and not trained further."
         )
 
 

@@ -50,7 +50,7 @@ def evaluate_suite(checkpoint: str, path: str, overrides: Sequence[str] = ()) ->
         averaged = ", averaged parameters" if run.train.ema_decay else ""
         say(f"{checkpoint}, step {subject.step}{averaged}: {len(entries)} entries, results in {_shown(subject.folder)}")
         say(choose_backend(subject.model)[1])
-        told = facts(checkpoint, path, config_json(wanted), subject)
+        told = facts(checkpoint, path, overrides, config_json(wanted), subject)
         done: list[dict[str, Any]] = []
         for record in _records(entries, subject, say):
             done.append(record)

@@ -17,7 +17,9 @@ from lckv_jax.evaluate.suite_entries import Subject
 Record = dict[str, Any]
 
 
-def facts(checkpoint: str, suite: str, settings: dict[str, Any], subject: Subject) -> dict[str, Any]:
+def facts(
+    checkpoint: str, suite: str, overrides: Sequence[str], settings: dict[str, Any], subject: Subject
+) -> dict[str, Any]:
     """All that stands above the entries in results.json: what was measured, how exactly, where, and by what code."""
     model, code = subject.run.model, commit()
     devices = subject.mesh.devices.flat
@@ -44,8 +46,7 @@ def facts(checkpoint: str, suite: str, settings: dict[str, Any], subject: Subjec
         "versions": versions("jax", "jaxlib", "flax", "numpy", "lm-eval"),
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "mesh": dict(subject.mesh.shape),
-        "suite": {"file": suite, **settings},
-        "made": now(),
+        "suite": {"file": suite, "overrides": list(overrides), **settings},
     }
 
 
@@ -60,6 +61,7 @@ def now() -> str:
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """results.json and results.md in `folder`, each whole or as it was. Raises UserError if they cannot be written."""
+    results = {**results, "made": now()}
     page = folder / "results.md"
     partial = page.with_name("results.md.partial")
     try:
@@ -130,7 +132,8 @@ def _head(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version or 'absent'}" for name, version in results["versions"].items())
     mesh = ", ".join(f"{axis}={size}" for axis, size in results["mesh"].items())
     yield "devices", f"{results['device']}, {mesh}"
-    yield "suite", results["suite"]["file"]
+    suite = results["suite"]
+    yield "suite", " ".join([suite["file"], *(f"`{override}`" for override in suite["overrides"])])
     yield "written", results["made"]
 
 

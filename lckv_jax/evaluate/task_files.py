@@ -138,7 +138,9 @@ def _data_file(path: Path, config: dict[str, Any], data: Path | None) -> tuple[s
     for candidate in (file, other):
         if candidate.is_file():
             return split, candidate
-    raise UserError(f"{path}: its data {file} is not there; give the folder that holds {files[split]} as `data`")
+    raise UserError(
+        f"{path}: its data {file} is not there; give the folder that holds {other.name} or {file.name} as tasks.data"
+    )
 
 
 def _fields(config: dict[str, Any]) -> set[str] | None:
@@ -182,7 +184,7 @@ def _read_rows(
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{file}, line {number} is no JSON object; mend or delete it")
-        if missing := sorted((fields or set()) - row.keys()):
+        if missing := sorted(name for name in fields or () if row.get(name) is None):
             raise UserError(f"{file}, line {number} has no field {missing[0]!r}, which {needed_by} needs; add it")
         rows.append(row if fields is None else {name: row[name] for name in sorted(fields | words & row.keys())})
     if not rows:

@@ -50,11 +50,18 @@ def share(checkpoint: str, out: str, overrides: Sequence[str], flags: dict[str, 
     result, seconds = _search(job)
     record = write_shared(job, place, result, seconds)
     job.say("measuring both maps; whoever stops it keeps the model, without these numbers")
-    measure_shared(job, result, record)
-    if wanted.heal is not None:
-        heal(job, record)
+    try:
+        measure_shared(job, result, record)
+        if wanted.heal is not None:
+            heal(job, record)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; {target} holds the whole model, but its report lacks what was not measured yet: for that give "
+            "another folder"
+        ) from None
+    best = target if wanted.heal is None else target / "healed"
     job.say(f"report: {target}/report.md; it is a run like any other:")
-    job.say(f"python -m lckv_jax generate {shlex.quote(str(target))} prompt=...")
+    job.say(f"python -m lckv_jax generate {shlex.quote(str(best))} prompt=...")
 
 
 def read_settings(overrides: Sequence[str], flags: dict[str, Any]) -> ShareConfig:
@@ -67,7 +74,7 @@ def _search(job: Job) -> tuple[Result, float]:
     wanted, say = job.wanted, job.say
     assert wanted.layers is not None, "read_settings sees to it"
     can = ", ".join(map(str, givable(job.model.config.sharing))) or "none"
-    say(f"search: {wanted.layers} layers to give up K,V, out of {can}; {wanted.order} first, {wanted.metric}")
+    say(f"search: to give up K,V in: {wanted.layers} of layers {can}; {wanted.order} first, {wanted.metric}")
     result, seconds = run_search(job, wanted.layers, wanted.order, wanted.seed)
     say(f"{report.found_line(result, wanted.threshold)}; {seconds:.1f} s")
     say(f"map {job.model.config.sharing} -> {result.sharing}")

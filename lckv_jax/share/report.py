@@ -147,11 +147,14 @@ def heal_table(record: Record) -> Iterator[str]:
         "Sharing lost nothing on this text."
         if of_lost is None
         else f"{heal['steps']} steps bring back {of_lost:.0%} of what sharing lost."
+        if of_lost > 0
+        else f"{heal['steps']} steps bring nothing back: the loss rises by another {-of_lost:.0%} of what sharing "
+        "lost; try more steps, or a lower heal_learning_rate."
     )
     if "recovered_of_control" in heal:
         of_control = heal["recovered_of_control"]
         yield (
-            "The unshared model ends no better than the shared one began, after as many more steps of its own."
+            "The unshared model ends no better than the shared one began, after as many steps of its own."
             if of_control is None
             else f"They close {of_control:.0%} of the distance to the unshared model after as many steps of its own."
         )

@@ -86,7 +86,7 @@ class ShareConfig(Frozen):
     def _check(self) -> ShareConfig:
         given = self.model_fields_set
         if self.layers is None and not self.sweep:
-            raise ValueError("say how many layers give up their K,V, as in --layers 2; or give --sweep for all numbers")
+            raise ValueError("say how many layers give up their K,V, as in --layers 1; or give --sweep for all numbers")
         if self.sweep:
             for name in ("order", "heal", "cache", "prompt_tokens"):
                 if name in given:
