@@ -187,7 +187,7 @@ def test_bad_input_gets_one_sentence(trained, tmp_path, capsys):
     check("only 3 can be given up, so ask for at most 1", "--layers", 2, *OWN)
     check("greater than or equal to 0", "--layers", -1)
     check("invalid int value: 'two'", "--layers", "two")
-    check("say how many layers give up their K,V, as in --layers 2", *OWN)
+    check("say how many layers give up their K,V, as in --layers 1", *OWN)
     check("unknown name 'disimilar'; did you mean 'dissimilar'?", "--layers", 1, "--order", "disimilar")
     check("unknown name 'l2'", "--layers", 1, "--metric", "l2")
     check("seed=3 has no effect on order=dissimilar", "--layers", 1, "seed=3")
