@@ -77,7 +77,7 @@ def import_hub(
         with uninterrupted(), checkpoint.open_checkpoints(partial / "checkpoints", keep=1) as manager:
             checkpoint.save(manager, state, config, tokenizer=fingerprint)
         del state, params
-        checkpoint.stream(partial, _read_all, report=report)
+        checkpoint.stream(partial, read_all, report=report)
     report(f"wrote {target}: map {converted.sharing}, {size}, read back and compared")
     if not files:
         return
@@ -88,7 +88,7 @@ def import_hub(
     )
 
 
-def _read_all(stored: checkpoint.Stored) -> None:
+def read_all(stored: checkpoint.Stored) -> None:
     """Compares every leaf with what was to be written, one at a time."""
     for path in stored.leaves:
         stored.read(path)

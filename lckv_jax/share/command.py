@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from lckv_jax.checkpoint import run_of
 from lckv_jax.config import read_overrides
 from lckv_jax.convert.given_path import given_path
 from lckv_jax.convert.new_folder import check_new, check_space, new_folder
@@ -24,7 +25,7 @@ from lckv_jax.share.kvsharer import Result, check_asked, givable
 from lckv_jax.share.measures import Model, costs, quality
 from lckv_jax.share.plots import draw_distances
 from lckv_jax.share.share_config import ShareConfig
-from lckv_jax.share.shared_run import MARGIN, run_folder_of, shared_config, write_run
+from lckv_jax.share.shared_run import MARGIN, shared_config, write_run
 from lckv_jax.share.sweep import sweep
 
 
@@ -84,7 +85,7 @@ def _search(job: Job) -> tuple[Result, float]:
 
 def write_shared(job: Job, place: Path, result: Result, seconds: float) -> report.Record:
     """Writes the run with the map found, and what is known of it so far, which is returned."""
-    params, run, source = job.loaded.params, job.loaded.config, run_folder_of(job.checkpoint)
+    params, run, source = job.loaded.params, job.loaded.config, run_of(job.checkpoint)
     params, model = reshare(params, run.model, result.sharing, "own")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + MARGIN
     check_space(place, size)

@@ -13,18 +13,13 @@ import jax.numpy as jnp
 
 from lckv_jax import checkpoint
 from lckv_jax.config import RunConfig, config_json
+from lckv_jax.convert.import_hub import read_all
 from lckv_jax.convert.new_folder import uninterrupted
 from lckv_jax.data.manifest import MANIFEST
 from lckv_jax.data.tokenizer import Tokenizer, tokenizer_files
 from lckv_jax.model_config import ModelConfig
 
 MARGIN = 2**22  # bytes beside the parameters: metadata, tokenizer, report, pictures
-
-
-def run_folder_of(run_or_checkpoint: str | Path) -> Path:
-    """The folder of a run, or of the run of a checkpoint."""
-    path = Path(run_or_checkpoint).expanduser().absolute()
-    return path if (path / "checkpoints").is_dir() else path.parent.parent
 
 
 def has_text(run: RunConfig) -> bool:
@@ -61,10 +56,4 @@ def write_run(
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint
     with uninterrupted(), checkpoint.open_checkpoints(partial / "checkpoints", keep=1) as manager:
         checkpoint.save(manager, state, config, tokenizer=fingerprint)
-    checkpoint.stream(partial, _read_all, report=report)
-
-
-def _read_all(stored: checkpoint.Stored) -> None:
-    """Compares every leaf with what was to be written, one at a time."""
-    for path in stored.leaves:
-        stored.read(path)
+    checkpoint.stream(partial, read_all, report=report)
