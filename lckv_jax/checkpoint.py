@@ -2,12 +2,13 @@
 
 On disk: FOLDER/STEP/ with the items `params`, `ema` (their average, if the run keeps one), `rest` (of the train state)
 and `meta` (JSON). Orbax sees to it that a step appears whole or not at all, but not that its bits stay: `meta` holds a
-fingerprint of every leaf.
+fingerprint of every leaf, and `checksums.json` a hash of every file that is not large.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import math
 import os
@@ -22,6 +23,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from lckv_jax.checksums import write_checksums
 from lckv_jax.config import RunConfig, build_config, config_json
 from lckv_jax.errors import Stopped, UserError
 from lckv_jax.fingerprint import describe_leaves, leaves_by_path
@@ -34,6 +36,8 @@ from lckv_jax.step_folder import (
     State,
     Unusable,
     agreed_steps,
+    check_files,
+    check_leaves,
     digest,
     list_steps,
     newest_usable,
@@ -82,7 +86,8 @@ def open_checkpoints(folder: str | Path, keep: int, keep_best: int = 0) -> Itera
         if jax.process_index() == 0 and where.exists():
             _remove_leftovers(where)
         policy = Retention(keep, keep_best, read_losses(where))
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting())
+        list_files = functools.partial(write_checksums, where)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting(list_files))
         with reading_quietly():
             manager = ocp.CheckpointManager(where, options=options)
     except OSError as error:
@@ -131,6 +136,7 @@ def save(
         "valid_loss": valid_loss,
         "versions": {"lckv_jax": _package_version(), "jax": jax.__version__, "orbax": ocp.__version__},
         "leaves": describe_leaves(state),
+        "checksums": True,  # a list of the files is committed with them
     }
     items = {name: ocp.args.StandardSave(tree) for name, tree in state_items(state).items()}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta | {"digest": digest(meta)}))
@@ -165,25 +171,30 @@ def restore(
     check: Callable[[Meta], None] = lambda meta: None,
     report: Callable[[str], None] = print,
 ) -> tuple[State, Meta] | None:
-    """The state and metadata of the newest step that loads and whose fingerprints agree; None if there is no step.
+    """The state and metadata of the newest step whose leaves and files are as they were; None if there is no step.
 
     abstract_state: the tree wanted, of jax.ShapeDtypeStruct with shardings; any mesh, not only that of the save.
     check: called with the metadata of a step before its arrays are read, to refuse it by raising.
     report: told in one line of each step that is unusable. Once an older one is found good, such steps are moved
     to FOLDER.unusable/, since orbax would not save the steps that follow it otherwise.
     Metadata: step, config (for `build_config`), sharing, manifest, tokenizer, tokens_seen, valid_loss, versions,
-    leaves; tokens_seen and valid_loss are absent from the oldest checkpoints.
+    leaves, checksums; tokens_seen, valid_loss and checksums are absent from the oldest checkpoints.
     Raises UserError if there are steps but none is usable, or if a step has other leaves, dtypes or shapes than
     `abstract_state`, or cannot be read for a reason of this machine; nothing is moved then. All processes must call it.
     """
 
     def select(meta: Meta) -> State:
         check(meta)
-        _check_leaves(manager.directory / str(meta["step"]), meta, abstract_state)
+        check_leaves(manager.directory / str(meta["step"]), meta, abstract_state)
         return abstract_state
 
+    def read(step: epath.Path) -> tuple[State, Meta]:
+        state, meta = read_step(step, select)
+        check_files(step, meta)
+        return state, meta
+
     finish_saving(manager)
-    found = newest_usable(manager.directory, lambda step: read_step(step, select), report)
+    found = newest_usable(manager.directory, read, report)
     if found is None:
         return None
     (state, meta), unusable = found
@@ -370,18 +381,6 @@ def _select_params(meta: Meta, shardings: Any = None) -> State:
         if path.startswith(wanted)
     }
     return traverse_util.unflatten_dict(leaves, sep=".")
-
-
-def _check_leaves(folder: epath.Path, meta: Meta, abstract: State) -> None:
-    """Raises UserError if the checkpoint has other leaves; orbax would cast dtypes in silence."""
-    held = {path: f"{dtype}{shape}" for path, (dtype, shape, _) in meta["leaves"].items()}
-    wanted = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(abstract).items()}
-    for path in sorted(held.keys() | wanted.keys()):
-        if held.get(path) != wanted.get(path):
-            raise UserError(
-                f"{folder}: {path} is {held.get(path, 'absent')} there but {wanted.get(path, 'absent')} in this run; "
-                "resume with the configuration of the checkpoint, or give another `out`"
-            )
 
 
 # ---------------------------------------------------------------- surroundings

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import orbax.checkpoint as ocp
 
 _SAVE_SECONDS = 14 * 86400  # measured by a clock that may be set; heartbeats and the watchdog end what takes too long
 
 
-def waiting() -> ocp.AsyncOptions:
-    """How the processes wait for each other in a save that goes on in the background."""
-    return ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, barrier_sync_fn=make_barrier())
+def waiting(before_commit: Callable[[], None]) -> ocp.AsyncOptions:
+    """How the processes wait for each other in a save that goes on in the background.
+
+    before_commit: called in process 0 when all files are written, while they are no step yet.
+    """
+    return ocp.AsyncOptions(
+        timeout_secs=_SAVE_SECONDS, barrier_sync_fn=make_barrier(), post_finalization_callback=before_commit
+    )
 
 
 def make_barrier() -> ocp.multihost.BarrierSyncFn:

@@ -18,6 +18,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from lckv_jax.checksums import find_damage
 from lckv_jax.errors import UserError
 from lckv_jax.fingerprint import describe_leaves, host_fingerprint, leaves_by_path
 from lckv_jax.orbax_noise import reading_quietly
@@ -119,6 +120,32 @@ def read_step(folder: epath.Path, select: Callable[[Meta], State]) -> tuple[Stat
     others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     _agree(f"{wrong[0]}{others} differs from what was saved" if wrong else "")
     return state, meta
+
+
+def check_leaves(folder: epath.Path, meta: Meta, abstract: State) -> None:
+    """Raises UserError if a step has other leaves than `abstract`; orbax would cast dtypes in silence."""
+    held = {path: f"{dtype}{shape}" for path, (dtype, shape, _) in meta["leaves"].items()}
+    wanted = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(abstract).items()}
+    for path in sorted(held.keys() | wanted.keys()):
+        if held.get(path) != wanted.get(path):
+            raise UserError(
+                f"{folder}: {path} is {held.get(path, 'absent')} there but {wanted.get(path, 'absent')} in this run; "
+                "resume with the configuration of the checkpoint, or give another `out`"
+            )
+
+
+def check_files(folder: epath.Path, meta: Meta) -> None:
+    """Raises Unusable if a file of a step is not as it was saved, whoever reads it; meta: that of the step.
+
+    Steps of versions that made no list of files pass. Raises UserError as `read_step`.
+    """
+
+    def check() -> None:
+        damage = find_damage(folder) if meta.get("checksums") and jax.process_index() == 0 else ""
+        if damage:
+            raise Unusable(damage)
+
+    _together(check)
 
 
 def read_leaf(folder: epath.Path, meta: Meta, path: str) -> np.ndarray:

@@ -23,7 +23,7 @@ ORDER = [  # lowest first; a name stands for the modules under it; those of one 
     ["model.loss"],
     ["parallel"],
     ["data"],
-    ["fingerprint", "orbax_barrier", "orbax_noise", "retention"],
+    ["checksums", "fingerprint", "orbax_barrier", "orbax_noise", "retention"],
     ["step_folder"],
     ["checkpoint"],
     ["convert"],
