@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from lckv_jax.config_text import apply_override, first_sentence, read_yaml
+from lckv_jax.config_text import apply_override, first_sentence, origin, read_yaml
 from lckv_jax.errors import UserError
 from lckv_jax.model_config import Frozen, ModelConfig, NonNegative, Positive
 
@@ -271,7 +271,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError with one sentence: which file, which key, what is wrong and the mend.
     """
-    return build_config(RunConfig, read_tree(path, overrides, RunConfig), str(path))
+    return build_config(RunConfig, read_tree(path, overrides, RunConfig), str(path), overrides)
 
 
 def read_tree(path: str | Path, overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
@@ -294,15 +294,16 @@ def read_overrides(model: type[Model], overrides: Sequence[str], where: str) -> 
     tree: dict[str, Any] = {}
     for override in overrides:
         apply_override(tree, override)
-    return build_config(model, tree, where)
+    return build_config(model, tree, where, overrides)
 
 
-def build_config(model: type[Model], tree: Any, where: str) -> Model:
-    """`model` made of plain data; every mistake becomes a UserError that begins with `where`."""
+def build_config(model: type[Model], tree: Any, where: str, overrides: Sequence[str] = ()) -> Model:
+    """`model` made of plain data; every mistake becomes a UserError that begins with `where`, or with the override, of
+    those that are in `tree`, that is to blame."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_sentence(model, error)}") from error
+        raise UserError(f"{origin(error, where, overrides)}: {first_sentence(model, error)}") from error
 
 
 def config_json(config: BaseModel) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -62,8 +63,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def first_sentence(model: type[BaseModel], error: ValidationError) -> str:
     """The first mistake of a configuration: its key, what is wrong and the mend."""
-    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    first = problems[0]  # a misspelt key also leaves the right one missing: name the cause
+    problems = _problems(error)
+    first = problems[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         message = f"unknown key; {_suggestion(model, first['loc'])}"
@@ -79,6 +80,22 @@ def first_sentence(model: type[BaseModel], error: ValidationError) -> str:
         message = message.partition(": ")[2]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return (f"{path}: " if path else "") + message + more
+
+
+def origin(error: ValidationError, where: str, overrides: Sequence[str]) -> str:
+    """Where the first mistake comes from: the override that set its key, else `where`, with the overrides beside it."""
+    path = ".".join(str(part) for part in _problems(error)[0]["loc"])
+    keys = {override: override.partition("=")[0] for override in overrides}
+    for override, key in reversed(keys.items()):
+        if path == key or path.startswith(f"{key}."):
+            return f"override {override!r}"
+    beside = [override for override, key in keys.items() if not path or key.startswith(f"{path}.")]
+    return f"{where} with {' '.join(beside)}" if beside else where
+
+
+def _problems(error: ValidationError) -> list[Any]:
+    """A misspelt key also leaves the right one missing: the cause comes first."""
+    return sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 def _unknown_name(given: str, expected: str) -> str:

@@ -25,6 +25,13 @@ def compilation_cache():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_of_other_modules():
+    """Compiled programs stay in memory as long as jax knows them: gigabytes by the end of a session."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of the golden fixtures (see its README)."""

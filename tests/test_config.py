@@ -334,3 +334,19 @@ def test_a_leading_zero_is_no_octal_number(load):
 
 def test_an_override_into_a_section_without_entries(load):
     assert load(MINIMAL + "metrics:\n", "metrics.tensorboard=true").metrics.tensorboard
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", r"^override 'train\.stepz=3': train\.stepz: unknown key; did you mean 'steps'"),
+        ("model.sharing=0_9", r"^override 'model\.sharing=0_9': model\.sharing: "),
+        ("optimizer.warmup_steps=30", r"^FILE with optimizer\.warmup_steps=30: optimizer\.warmup_steps=30 leaves"),
+    ],
+)
+def test_an_override_is_blamed_for_its_mistakes(load, override, message):
+    refuses(load, message, MINIMAL, override)
+
+
+def test_the_file_is_blamed_for_its_own_mistakes(load):
+    refuses(load, r"^FILE: model\.stepz: unknown key", f"{MINIMAL}\n  stepz: 3\n", "seed=1")

@@ -146,4 +146,4 @@ def load_bench_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchC
             f"{path}: is no config of bench but one of train; give one with maps and lengths, such as "
             "those in configs/bench/"
         )
-    return build_config(BenchConfig, tree, str(path))
+    return build_config(BenchConfig, tree, str(path), overrides)

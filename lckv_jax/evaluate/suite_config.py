@@ -137,4 +137,4 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
             f"{path}: is no suite but a config of {'bench' if 'maps' in tree else 'train'}; give one with perplexity, "
             "tasks or decode, such as those in configs/suites/"
         )
-    return build_config(SuiteConfig, tree, str(path))
+    return build_config(SuiteConfig, tree, str(path), overrides)
