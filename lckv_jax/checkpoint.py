@@ -8,7 +8,6 @@ fingerprint of every leaf, and `checksums.json` a hash of every file that is not
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import math
 import os
@@ -33,18 +32,21 @@ from lckv_jax.parallel import processes
 from lckv_jax.retention import Retention
 from lckv_jax.step_folder import (
     Meta,
+    NoneUsable,
     State,
     Unusable,
     agreed_steps,
     check_files,
     check_leaves,
     digest,
+    has_checksums,
     list_steps,
     newest_usable,
     read_leaf,
     read_losses,
     read_meta,
     read_step,
+    remove_leftovers,
     state_items,
 )
 
@@ -82,12 +84,17 @@ def open_checkpoints(folder: str | Path, keep: int, keep_best: int = 0) -> Itera
     """
     quieten_orbax()
     where = _absolute(folder)
+
+    def before_commit() -> None:
+        manager.check_for_errors()  # waits for metadata of the step that orbax writes in a thread of its own
+        if has_checksums(where):
+            write_checksums(Path(where))
+
     try:
         if jax.process_index() == 0 and where.exists():
-            _remove_leftovers(where)
+            remove_leftovers(where)
         policy = Retention(keep, keep_best, read_losses(where))
-        list_files = functools.partial(write_checksums, where)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting(list_files))
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=waiting(before_commit))
         with reading_quietly():
             manager = ocp.CheckpointManager(where, options=options)
     except OSError as error:
@@ -136,7 +143,7 @@ def save(
         "valid_loss": valid_loss,
         "versions": {"lckv_jax": _package_version(), "jax": jax.__version__, "orbax": ocp.__version__},
         "leaves": describe_leaves(state),
-        "checksums": True,  # a list of the files is committed with them
+        "checksums": has_checksums(manager.directory),  # whether a list of its files is committed with it
     }
     items = {name: ocp.args.StandardSave(tree) for name, tree in state_items(state).items()}
     args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta | {"digest": digest(meta)}))
@@ -176,7 +183,8 @@ def restore(
     abstract_state: the tree wanted, of jax.ShapeDtypeStruct with shardings; any mesh, not only that of the save.
     check: called with the metadata of a step before its arrays are read, to refuse it by raising.
     report: told in one line of each step that is unusable. Once an older one is found good, such steps are moved
-    to FOLDER.unusable/, since orbax would not save the steps that follow it otherwise.
+    to FOLDER.unusable/, since orbax would not save the steps that follow it otherwise. If the files of every step
+    differ, the newest whose leaves agree is taken.
     Metadata: step, config (for `build_config`), sharing, manifest, tokenizer, tokens_seen, valid_loss, versions,
     leaves, checksums; tokens_seen, valid_loss and checksums are absent from the oldest checkpoints.
     Raises UserError if there are steps but none is usable, or if a step has other leaves, dtypes or shapes than
@@ -194,7 +202,11 @@ def restore(
         return state, meta
 
     finish_saving(manager)
-    found = newest_usable(manager.directory, read, report)
+    try:
+        found = newest_usable(manager.directory, read, report)
+    except NoneUsable:  # files that nobody needs may differ: better than nothing
+        found = newest_usable(manager.directory, lambda step: read_step(step, select), lambda _: None)
+        report("checkpoints: going on all the same from the newest step whose leaves are as they were saved")
     if found is None:
         return None
     (state, meta), unusable = found
@@ -310,15 +322,6 @@ def _load_tokenizer(run: Path, fingerprint: str) -> Tokenizer | None:
     return tokenizer
 
 
-def _remove_leftovers(folder: epath.Path) -> None:
-    """What killed or failed saves left. (Orbax would do it too, but in the background, while the disk may be full.)"""
-    for path in folder.iterdir():
-        if path.name.endswith(ocp.utils.TMP_DIR_SUFFIX):
-            path.rmtree()
-        elif path.name.isdecimal() and not any(path.iterdir()):
-            path.rmdir()  # orbax would take it for a step
-
-
 @contextlib.contextmanager
 def _failures_told(manager: ocp.CheckpointManager) -> Iterator[None]:
     """What the system has against a save becomes a UserError that names the newest good checkpoint."""
@@ -381,9 +384,6 @@ def _select_params(meta: Meta, shardings: Any = None) -> State:
         if path.startswith(wanted)
     }
     return traverse_util.unflatten_dict(leaves, sep=".")
-
-
-# ---------------------------------------------------------------- surroundings
 
 
 def _absolute(folder: str | Path) -> epath.Path:

@@ -84,12 +84,15 @@ def first_sentence(model: type[BaseModel], error: ValidationError) -> str:
 
 def origin(error: ValidationError, where: str, overrides: Sequence[str]) -> str:
     """Where the first mistake comes from: the override that set its key, else `where`, with the overrides beside it."""
-    path = ".".join(str(part) for part in _problems(error)[0]["loc"])
-    keys = {override: override.partition("=")[0] for override in overrides}
-    for override, key in reversed(keys.items()):
-        if path == key or path.startswith(f"{key}."):
-            return f"override {override!r}"
-    beside = [override for override, key in keys.items() if not path or key.startswith(f"{path}.")]
+    problem = _problems(error)[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    keys = [(override, override.partition("=")[0]) for override in overrides]
+    beside = [override for override, key in keys if not path or key.startswith(f"{path}.")]
+    set_by = [override for override, key in keys if path == key or path.startswith(f"{key}.")]
+    if problem["type"] == "extra_forbidden":
+        set_by += beside  # of a section that there is not
+    if set_by:
+        return f"override {set_by[-1]!r}"
     return f"{where} with {' '.join(beside)}" if beside else where
 
 

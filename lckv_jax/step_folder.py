@@ -8,7 +8,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -37,10 +39,23 @@ class Unusable(Exception):
     """Why a checkpoint cannot be used, in a few words."""
 
 
+class NoneUsable(UserError):
+    """There are checkpoints, but none that can be used."""
+
+
 def list_steps(folder: epath.Path) -> list[int]:
     """The steps in `folder`, newest first. An empty folder is no step."""
     paths = [path for path in folder.iterdir() if path.name.isdecimal()]
     return sorted((int(path.name) for path in paths if path.is_dir() and any(path.iterdir())), reverse=True)
+
+
+def remove_leftovers(folder: epath.Path) -> None:
+    """Removes what killed or failed saves left; orbax would too, but in the background, while the disk may be full."""
+    for path in folder.iterdir():
+        if path.name.endswith(ocp.utils.TMP_DIR_SUFFIX):
+            path.rmtree()
+        elif path.name.isdecimal() and not any(path.iterdir()):
+            path.rmdir()  # orbax would take it for a step
 
 
 def agreed_steps(folder: epath.Path) -> list[int]:
@@ -75,7 +90,7 @@ def newest_usable(
     if not unusable:
         return None
     newest = max(unusable)
-    raise UserError(
+    raise NoneUsable(
         f"{folder}: none of its {len(unusable)} checkpoints is usable (step {newest}: {unusable[newest]}); "
         "put back a good copy of one, or move this folder away to start afresh"
     )
@@ -134,14 +149,19 @@ def check_leaves(folder: epath.Path, meta: Meta, abstract: State) -> None:
             )
 
 
-def check_files(folder: epath.Path, meta: Meta) -> None:
-    """Raises Unusable if a file of a step is not as it was saved, whoever reads it; meta: that of the step.
+def has_checksums(folder: epath.Path) -> bool:
+    """Whether steps that are saved here have a list of their files: not in buckets."""
+    return "://" not in os.fspath(folder)
 
-    Steps of versions that made no list of files pass. Raises UserError as `read_step`.
+
+def check_files(folder: epath.Path, meta: Meta) -> None:
+    """Raises Unusable if a file of a step is not as it was saved, also one that no reader needs; meta: of the step.
+
+    Steps that have no list of their files pass, as those of older versions. Raises UserError as `read_step`.
     """
 
     def check() -> None:
-        damage = find_damage(folder) if meta.get("checksums") and jax.process_index() == 0 else ""
+        damage = find_damage(Path(folder)) if meta.get("checksums") and jax.process_index() == 0 else ""
         if damage:
             raise Unusable(damage)
 
@@ -204,10 +224,7 @@ def _together(action: Callable[[], T]) -> T:
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
             if isinstance(_root(error), (MemoryError, jax.errors.JaxRuntimeError)):
                 raise  # this machine's trouble, not the checkpoint's: it must not cost a step
-            if isinstance(root := _root(error), OSError) and root.errno in _PASSING:
-                raise UserError(
-                    f"{root.filename or 'a checkpoint'} cannot be read: {root.strerror}; mend that and run again"
-                ) from error
+            _raise_if_passing(error)
             logging.getLogger(__name__).debug("a checkpoint is unusable", exc_info=True)
             problem = _reason(error)
         if problem:
@@ -220,6 +237,15 @@ def _agree(problem: str) -> None:
     """Raises Unusable in all processes if one of them has a problem: each may have read bytes of its own."""
     if not np.all(multihost_utils.process_allgather(np.array(not problem))):
         raise Unusable(problem or "another process could not read it")
+
+
+def _raise_if_passing(error: Exception) -> None:
+    # a function of its own: a local there would keep, by its traceback, the state that was read in memory
+    root = _root(error)
+    if isinstance(root, OSError) and root.errno in _PASSING:
+        raise UserError(
+            f"{root.filename or 'a checkpoint'} cannot be read: {root.strerror}; mend that and run again"
+        ) from error
 
 
 def _root(error: BaseException) -> BaseException:

@@ -341,11 +341,16 @@ def test_an_override_into_a_section_without_entries(load):
     [
         ("train.stepz=3", r"^override 'train\.stepz=3': train\.stepz: unknown key; did you mean 'steps'"),
         ("model.sharing=0_9", r"^override 'model\.sharing=0_9': model\.sharing: "),
+        ("evaluation.every=3", r"^override 'evaluation\.every=3': evaluation: unknown key"),
         ("optimizer.warmup_steps=30", r"^FILE with optimizer\.warmup_steps=30: optimizer\.warmup_steps=30 leaves"),
     ],
 )
 def test_an_override_is_blamed_for_its_mistakes(load, override, message):
     refuses(load, message, MINIMAL, override)
+
+
+def test_of_repeated_overrides_the_last_is_blamed(load):
+    refuses(load, r"^override 'train\.steps=-1'", MINIMAL, "train.steps=-1", "train.steps=5", "train.steps=-1")
 
 
 def test_the_file_is_blamed_for_its_own_mistakes(load):

@@ -278,7 +278,7 @@ def test_the_command(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["cache=ful"], "^evaluate: cache: there is no policy 'ful'; did you mean full"),
+        (["cache=ful"], "^override 'cache=ful': cache: there is no policy 'ful'; did you mean full"),
         (["cache=[]"], "cache"),
         (["prompt_tokens=5"], "prompt_tokens needs cache; add, for example, cache=full"),
         (["by_position=5"], "by_position needs cache"),

@@ -215,8 +215,8 @@ def test_a_standard_map_needs_no_passes():
     [
         (["passes=exakt"], "did you mean 'exact'"),
         (["passes=-1"], "no tolerance"),
-        (["passes=true"], "evaluate: passes"),
-        (["passes=[]"], "evaluate: passes"),
+        (["passes=true"], "override 'passes=true': passes"),
+        (["passes=[]"], r"override 'passes=\[\]': passes"),
         (["pases=exact"], "did you mean 'passes'"),
         (["batch_size=0"], "batch_size"),
         (["files=nowhere/*.txt"], "matches no file"),
