@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
-from lckv_jax.decode.step import Weights
+from lckv_jax.decode.step import Weights, apart
 from lckv_jax.model.attention import attend, attention_mass, readable, wider
 from lckv_jax.model.layers import KV, Context, attention, make_context, mlp, project_kv, rms_norm
 from lckv_jax.model.refine import Passes, Slots, last_change, repeat_rows, stop_rule
@@ -99,7 +99,7 @@ def _start(prompts: _Prompts, span: Span, done: _Sweep) -> Slots:
     if config.start == "zero":
         return {}
     wanted = config.sharing.upward_sources(span)
-    return {owner: project_kv(config, weights.kv[owner], done.x_BTD, context) for owner in wanted}
+    return {owner: project_kv(config, apart(config, weights.layers[owner]), done.x_BTD, context) for owner in wanted}
 
 
 def _kv_pass(prompts: _Prompts, span: Span, done: _Sweep, read: Slots) -> Slots:
@@ -141,7 +141,7 @@ def _over_chunks(
         x, own, masses = jax.lax.dynamic_slice_in_dim(done.x_BTD, start, chunk, axis=1), dict(swept.own), swept.masses
         for layer in (*layers, top):
             if layer in owners:
-                kv = project_kv(config, weights.kv[layer], x, here)
+                kv = project_kv(config, apart(config, weights.layers[layer]), x, here)
                 own[layer] = KV(*(_put(whole, part, start) for whole, part in zip(own[layer], kv)))
             if layer is not None and layer != top:
                 x, masses = _layer(prompts, layer, x, own, read, masses, start)
@@ -167,7 +167,8 @@ def _layer(
     weights, config, everything, observed, _ = prompts
     source, upward = config.sharing.sources[layer], config.sharing.upward[layer]
     context = _columns(everything, start, x_BTD.shape[1])
-    kv, p, masses = (read.get(source) if upward else own[source]), weights.layers[layer], dict(masses)
+    kv, p = read.get(source) if upward else own[source], apart(config, weights.layers[layer])
+    masses = dict(masses)
     strict = upward or config.strict_everywhere
     window = config.window if config.sharing.windowed[layer] else None
 

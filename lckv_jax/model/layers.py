@@ -87,7 +87,7 @@ def project_kv(config: ModelConfig, p: Params, x_BTD: jax.Array, context: Contex
     p: attn_norm [D], wk and wv [D, K, H], and bk and bv [K, H] where the model has attention biases.
     """
     h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
-    k, v = products(h, p, "wk", "wv")
+    k, v = product(h, p["wk"]), product(h, p["wv"])
     if config.attention_bias:
         k, v = k + p["bk"][None, None], v + p["bv"][None, None]
     return KV(rotate(k, context.cos, context.sin), v)
@@ -112,15 +112,6 @@ def product(x: jax.Array, matrix: jax.Array | OutputsFirst, inputs: int = 1) -> 
     return jax.lax.dot_general(x, matrix, ((last, tuple(range(inputs))), ((), ())))
 
 
-def products(x: jax.Array, p: Params, first: str, second: str) -> tuple[jax.Array, jax.Array]:
-    """x times two matrices, in one product where p has them as one, outputs first, under the name FIRST_SECOND."""
-    joined = p.get(f"{first}_{second}")
-    if joined is None:
-        return product(x, p[first]), product(x, p[second])
-    one, other = jnp.split(product(x, joined), 2, axis=x.ndim - 1)
-    return one, other
-
-
 Read = Callable[[jax.Array], jax.Array]  # rotated queries [B, T, N, H] -> what they read, [B, T, N, H]
 
 
@@ -132,19 +123,33 @@ def attention(config: ModelConfig, p: Params, x_BTD: jax.Array, read: Read | Non
     """
     if read is None:
         return jnp.broadcast_to(p["bo"][None, None], x_BTD.shape) if config.attention_bias else jnp.zeros_like(x_BTD)
-    h = rms_norm(x_BTD, p["attn_norm"], config.norm_eps)
-    q = product(h, p["wq"])
+    return project_out(config, p, read(project_q(config, p, x_BTD, context)))
+
+
+def project_q(config: ModelConfig, p: Params, x_BTD: jax.Array, context: Context) -> jax.Array:
+    """The rotated queries of a layer, [B, T, N, H]."""
+    q = product(rms_norm(x_BTD, p["attn_norm"], config.norm_eps), p["wq"])
     if config.attention_bias:
         q = q + p["bq"][None, None]
-    out = read(rotate(q, context.cos, context.sin))
-    out = product(out, p["wo"], inputs=2)
+    return rotate(q, context.cos, context.sin)
+
+
+def project_out(config: ModelConfig, p: Params, out_BTNH: jax.Array) -> jax.Array:
+    """What heads have read, [B, T, N, H], as [B, T, D]."""
+    out = product(out_BTNH, p["wo"], inputs=2)
     return out + p["bo"][None, None] if config.attention_bias else out
 
 
 def mlp(config: ModelConfig, p: Params, x_BTD: jax.Array) -> jax.Array:
-    """The SwiGLU half of a layer (2002.05202), [B, T, D], without the residual."""
+    """The SwiGLU half of a layer (2002.05202), [B, T, D], without the residual.
+
+    p: gate and up [D, F], or both as one matrix, outputs first, under the name gate_up.
+    """
     h = rms_norm(x_BTD, p["mlp_norm"], config.norm_eps)
-    gate, up = products(h, p, "gate", "up")
+    if "gate_up" in p:
+        gate, up = jnp.split(product(h, p["gate_up"]), 2, axis=2)
+    else:
+        gate, up = product(h, p["gate"]), product(h, p["up"])
     if config.mlp_bias:
         gate, up = gate + p["gate_bias"][None, None], up + p["up_bias"][None, None]
     out = product(jax.nn.silu(gate) * up, p["down"])

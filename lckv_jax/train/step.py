@@ -51,9 +51,9 @@ def train_step(
     cause, spikes = observe(config.train, state["spikes"], step, loss, grad_norm)
     made = step - state["spikes"]["skipped"]
     old = {name: state[name] for name in ("params", "opt", "ema") if name in state}
-    # a branch, not a selection: that would hold moments from before and after at once
-    update = partial(_updated, config, optimizer)
-    new = jax.lax.cond(cause == 0, update, lambda old, *_: old, old, grads, step, made)
+    new = _updated(config, optimizer, old, grads, step, made)
+    # a selection, not a branch: on GPUs XLA would copy the whole state into a branch and out of it
+    new = jax.tree.map(lambda new, old: jnp.where(cause == 0, new, old), new, old)
     new |= {"spikes": spikes, "step": step + 1}
     return new, {
         "loss": loss,
