@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lckv_jax.config import ModelConfig
 from lckv_jax.model.attention import wider
-from lckv_jax.model.axes import constrain
+from lckv_jax.model.axes import batch_parts, constrain, gathered
 from lckv_jax.model.layers import Params
 from lckv_jax.model.refine import Passes
 from lckv_jax.model.transformer import Hidden, head_matrix, hidden_states
@@ -58,7 +58,7 @@ def loss_sum(
     chunk: positions of a row whose logits exist at once.
     """
     hidden, labels_BT = _shifted(params, config, batch, no_grad_passes=no_grad_passes, grad_passes=grad_passes)
-    head = constrain(head_matrix(params, config), "DV")  # gathered once, not in every chunk
+    head = gathered(head_matrix(params, config), "DV")  # once, not in every chunk
     total, nll = _cross_entropy(hidden.x_BTD, head, labels_BT, _fitting(chunk, labels_BT), z_loss)
     count = jnp.sum(labels_BT != IGNORED)
     return total, {"count": count, "nll": nll, "passes": hidden.passes, "residual": hidden.residual}
@@ -162,20 +162,25 @@ def _chunks(x_BTD: jax.Array, labels_BT: jax.Array, chunk: int) -> tuple[jax.Arr
 def _forward_with_gradients(
     x_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, chunk: int, z_loss: float
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The loss and its gradients in one sweep: logits are computed once, not again in the backward pass."""
-    wide = wider(x_BTD.dtype)
+    """The loss and its gradients in one sweep: logits are computed once, not again in the backward pass.
+
+    Each device sums the head's gradient of its rows over all chunks; only then are these sums added up.
+    """
+    wide, parts = wider(x_BTD.dtype), batch_parts(x_BTD.shape[0])
 
     def step(carry: tuple, xs: tuple) -> tuple[tuple, jax.Array]:
         x, labels = xs
         total, nll, grad = _chunk_loss(x, labels, head_DV, z_loss)
         grad = grad.astype(x.dtype)
         grad_x = jnp.einsum("BTV,DV->BTD", grad, head_DV)
-        grad_head = jnp.einsum("BTD,BTV->DV", x, grad, preferred_element_type=wide)
-        return (carry[0] + total, carry[1] + nll, carry[2] + grad_head), grad_x
+        x_PBTD, grad_PBTV = (y.reshape(parts, -1, *y.shape[1:]) for y in (x, grad))
+        grad_head = jnp.einsum("PBTD,PBTV->PDV", x_PBTD, grad_PBTV, preferred_element_type=wide)
+        return (carry[0] + total, carry[1] + nll, constrain(carry[2] + grad_head, "PDV")), grad_x
 
     zero = jnp.zeros((), wide)
-    start = (zero, zero, jnp.zeros(head_DV.shape, wide))
+    start = (zero, zero, constrain(jnp.zeros((parts, *head_DV.shape), wide), "PDV"))
     (total, nll, grad_head), grad_x = jax.lax.scan(step, start, _chunks(x_BTD, labels_BT, chunk))
+    grad_head = constrain(grad_head.sum(axis=0), "DV", parameter=True)
     B, T, D = x_BTD.shape
     return (total, nll), (grad_x.swapaxes(0, 1).reshape(B, -1, D)[:, :T], grad_head)
 

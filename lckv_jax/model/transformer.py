@@ -134,8 +134,7 @@ def hidden_states(
     if positions_BT is None:
         positions_BT = positions_in_segments(tokens_BT, segment_ids_BT)
     context = make_context(config, positions_BT, segment_ids_BT, plain=plain)
-    embed_VD = constrain(params["embed"], "VD")  # gathered over fsdp first: a lookup in a split width would replicate
-    x = constrain(embed_VD[tokens_BT].astype(config.dtype), "BTD")
+    x = constrain(_embedded(params["embed"], tokens_BT, config.dtype), "BTD")
     slots: Slots = {}
     rows = () if passes is None else (tokens_BT.shape[0],)
     used, residual = jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
@@ -147,6 +146,26 @@ def hidden_states(
         x, slots = solved.x_BTD, {**slots, **solved.slots}
         used, residual = jnp.maximum(used, solved.passes), jnp.maximum(residual, solved.residual)
     return Hidden(rms_norm(x, params["final_norm"], config.norm_eps), slots, used, residual)
+
+
+def _lookup(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the embedding in `dtype`. Gathered over fsdp first: a lookup in a split width would replicate."""
+    return constrain(embed_VD.astype(dtype), "VD")[tokens_BT]
+
+
+def _lookup_and_saved(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> tuple[jax.Array, tuple]:
+    return _lookup(embed_VD, tokens_BT, dtype), (embed_VD, tokens_BT)
+
+
+def _lookup_gradients(dtype: str, saved: tuple[jax.Array, jax.Array], grad_BTD: jax.Array) -> tuple[jax.Array, None]:
+    """Summed in the dtype of the parameter, as the lookup's own may be too narrow for that, and laid out like it."""
+    embed_VD, tokens_BT = saved
+    grad_VD = jnp.zeros_like(embed_VD).at[tokens_BT].add(grad_BTD.astype(embed_VD.dtype))
+    return constrain(grad_VD, "VD", parameter=True), None
+
+
+_embedded = jax.custom_vjp(_lookup, nondiff_argnums=(2,))
+_embedded.defvjp(_lookup_and_saved, _lookup_gradients)
 
 
 def positions_in_segments(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
