@@ -90,8 +90,8 @@ def damage(place: Place, rounds: int, seed: int) -> Result:
         "a flipped bit, zeroed block, cut off or deleted file in the newest checkpoint or a data shard",
         "goes on from the checkpoint before, or stops and names the shard; never other numbers",
         rounds,
-        f"{count('detected')} detected, {count('harmless')} harmless (the end is bit-identical: those bytes are not "
-        f"read), {count('missed')} missed",
+        f"{count('detected')} detected, {count('harmless')} harmless (unnoticed, but the end is bit-identical), "
+        f"{count('missed')} missed",
         not count("missed"),
         {"damages": done},
     )
