@@ -60,6 +60,18 @@ for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4}):
     largest = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)))
     print(f"{sizes} equal: loss to {abs(value - want):.1e}, gradients to {largest:.1e}")
 
+# Rows that the mesh cannot split evenly are refused where gradients are asked for.
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+with jax.set_mesh(mesh):
+    params = init_state(run, optax.sgd(1.0), mesh)["params"]
+    six = {name: x[:6] for name, x in rows.items()}
+    try:
+        jax.jit(jax.grad(lambda params: loss_sum(params, config, six)[0]))(params)
+    except ValueError as error:
+        assert "6 rows cannot be split over the 4 devices" in str(error), error
+    else:
+        raise AssertionError("6 rows were split over 4 devices")
+
 
 # Accumulation, with descent of rate 1, so that the update is the gradient: the same, and no row changes its device.
 small = run.model_copy(update={"train": TrainConfig(steps=100, accumulation=4, ema_decay=0.9, skip_spikes=6.0)})

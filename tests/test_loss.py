@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from lckv_jax import ModelConfig
 from lckv_jax.model.loss import _cross_entropy, loss, loss_sum
-from lckv_jax.model.transformer import Transformer, forward, init_params
+from lckv_jax.model.transformer import Transformer, _embedded, forward, init_params
 
 SIZES = {
     "vocab_size": 23, "hidden_size": 8, "intermediate_size": 12, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1,
@@ -277,3 +277,11 @@ def test_bfloat16_gradients_of_a_mean_have_the_right_scale():
     of_mean = jax.grad(lambda x: _cross_entropy(x, head, labels, 64, 0.0)[0] / 109)(x).astype(jnp.float32)
     ratio = float(jnp.sum(of_mean * of_sum) / jnp.sum(of_sum * of_sum)) * 109
     assert abs(ratio - 1) < 5e-4
+
+
+def test_gradients_of_a_frequent_token_add_up_beyond_what_bfloat16_can_count():
+    tokens_BT = jnp.zeros((1, 1000), jnp.int32)
+    total = jax.grad(lambda embed_VD: _embedded(embed_VD, tokens_BT, "bfloat16").astype(jnp.float32).sum())
+    grads = total(jnp.ones((3, 2)))
+    np.testing.assert_array_equal(grads, [[1000.0, 1000.0], [0.0, 0.0], [0.0, 0.0]])
+    assert grads.dtype == jnp.float32

@@ -58,7 +58,12 @@ gathered.defvjp(
 
 
 def batch_parts(rows: int) -> int:
-    """How many devices of the mesh in scope split a batch of so many rows; 1 if they cannot, or there is no mesh."""
+    """How many devices of the mesh in scope split a batch of so many rows; 1 if there is no mesh.
+
+    Raises ValueError if they cannot split it evenly: gradients would be wrong then, without a word.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
-    return parts if rows % parts == 0 else 1
+    if rows % parts:
+        raise ValueError(f"a batch of {rows} rows cannot be split over the {parts} devices of the mesh that share it")
+    return parts

@@ -158,10 +158,10 @@ def _lookup_and_saved(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> 
 
 
 def _lookup_gradients(dtype: str, saved: tuple[jax.Array, jax.Array], grad_BTD: jax.Array) -> tuple[jax.Array, None]:
-    """Summed in the dtype of the parameter, as the lookup's own may be too narrow for that, and laid out like it."""
+    """Summed in the dtype of the parameter, as the lookup's own may be too narrow for that."""
     embed_VD, tokens_BT = saved
     grad_VD = jnp.zeros_like(embed_VD).at[tokens_BT].add(grad_BTD.astype(embed_VD.dtype))
-    return constrain(grad_VD, "VD", parameter=True), None
+    return constrain(grad_VD, "VD"), None
 
 
 _embedded = jax.custom_vjp(_lookup, nondiff_argnums=(2,))
@@ -197,6 +197,7 @@ def forward(
 
     segment_ids_BT: documents packed in a row, which never see each other. positions_BT: counted in each segment if not
     given; -1 marks padding. no_grad_passes (m; may be traced if at least 1) and grad_passes (b) default to the config.
+    Differentiable in reverse mode only.
     """
     x = hidden_states(
         params,

@@ -51,9 +51,16 @@ def train_step(
     cause, spikes = observe(config.train, state["spikes"], step, loss, grad_norm)
     made = step - state["spikes"]["skipped"]
     old = {name: state[name] for name in ("params", "opt", "ema") if name in state}
-    new = _updated(config, optimizer, old, grads, step, made)
-    # a selection, not a branch: on GPUs XLA would copy the whole state into a branch and out of it
-    new = jax.tree.map(lambda new, old: jnp.where(cause == 0, new, old), new, old)
+    update = partial(_updated, config, optimizer)
+
+    def branched(old: TrainState, *given: Any) -> TrainState:
+        return jax.lax.cond(cause == 0, update, lambda old, *_: old, old, *given)
+
+    def selected(old: TrainState, *given: Any) -> TrainState:
+        return jax.tree.map(partial(jax.lax.select, cause == 0), update(old, *given), old)
+
+    # GPUs would copy the whole state into a branch and out of it; CPUs would hold moments from before and after at once
+    new = jax.lax.platform_dependent(old, grads, step, made, cpu=branched, default=selected)
     new |= {"spikes": spikes, "step": step + 1}
     return new, {
         "loss": loss,
