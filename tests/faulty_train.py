@@ -1,19 +1,22 @@
 """`python tests/faulty_train.py FAULT PROCESS STEP train CONFIG ...`: the command, with a fault in one process.
 
-FAULT: raise, hang (in Python), user (a UserError) or kill, before batch number STEP of this start is used, also those
-of validation; or elsewhere: each process works in the folder STEP/PROCESS, and does not wait for others to see it.
+FAULT: raise, hang (in Python), user (a UserError), saved (one when a checkpoint is on disk) or kill, before batch
+number STEP of this start is used, also those of validation; or elsewhere: each process works in the folder
+STEP/PROCESS, and does not wait for others to see it.
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from lckv_jax import __main__ as command
 from lckv_jax.errors import UserError
 from lckv_jax.train import loop, run_folder
 
 fault, process, step, *words = sys.argv[1:]
+out = next((word.removeprefix("out=") for word in words if word.startswith("out=")), "")
 if fault == "elsewhere":
     os.makedirs(os.path.join(step, process))
     os.chdir(os.path.join(step, process))
@@ -29,7 +32,9 @@ def faulty(*arguments):
         print(f"FAULT {fault}", flush=True)
         if fault == "raise":
             raise RuntimeError("a fault on purpose")
-        if fault == "user":
+        while fault == "saved" and not any(path.name.isdecimal() for path in Path(out, "checkpoints").iterdir()):
+            time.sleep(0.01)
+        if fault in ("user", "saved"):
             raise UserError("a mistake on purpose; mend it")
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

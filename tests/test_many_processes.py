@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_other_processes(settings, cache, alone, tmp_path):
     for name in ("whole", "begun"):
         command = train(settings, tmp_path / name, *mesh_overrides(meshes["2"][2]))
         if name == "begun":
-            command = ["tests/faulty_train.py", "user", "1", "10", *command[2:]]  # the 8th step: 2 batches validate
+            command = ["tests/faulty_train.py", "saved", "1", "10", *command[2:]]  # the 8th step: 2 batches validate
         ends = run(command, 2, tmp_path / f"{name}-logs", 2, **cache)
         assert {end.code for end in ends} == {0 if name == "whole" else 2}, text_of(ends)
     assert sorted(path.name for path in (tmp_path / "begun" / "checkpoints").iterdir()) == ["5"]
