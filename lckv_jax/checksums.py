@@ -24,14 +24,14 @@ _METADATA, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 _COMMIT_TIME = re.compile(rb'"commit_timestamp_nsecs": (null|\d+)')
 
 
-def is_in_flight(path: Path) -> bool:
+def _is_in_flight(path: Path) -> bool:
     """Whether it is the folder of a save that is not committed, or never will be."""
     return path.name.removesuffix(ocp.utils.TMP_DIR_SUFFIX).isdecimal() and not path.name.isdecimal() and path.is_dir()
 
 
 def write_checksums(checkpoints: Path) -> None:
     """Writes the list of the save in flight in the folder `checkpoints`; all but the commit is done by then."""
-    in_flight = filter(is_in_flight, checkpoints.iterdir())
+    in_flight = filter(_is_in_flight, checkpoints.iterdir())
     folder = max(in_flight, key=lambda path: path.stat().st_mtime_ns)  # that of this save, if more were copied there
     paths = [path for path in _paths(folder) if path not in (LIST, _COMMITTED)]
     with ThreadPoolExecutor(_READERS) as pool:

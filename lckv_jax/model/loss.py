@@ -180,9 +180,8 @@ def _forward_with_gradients(
     zero = jnp.zeros((), wide)
     start = (zero, zero, constrain(jnp.zeros((parts, *head_DV.shape), wide), "PDV"))
     (total, nll, grad_head), grad_x = jax.lax.scan(step, start, _chunks(x_BTD, labels_BT, chunk))
-    grad_head = constrain(grad_head.sum(axis=0), "DV", parameter=True)
     B, T, D = x_BTD.shape
-    return (total, nll), (grad_x.swapaxes(0, 1).reshape(B, -1, D)[:, :T], grad_head)
+    return (total, nll), (grad_x.swapaxes(0, 1).reshape(B, -1, D)[:, :T], grad_head.sum(axis=0))
 
 
 def _scale_gradients(
