@@ -28,7 +28,12 @@ from lckv_jax.evaluate.rows import Text, read_text, text_pieces
 from lckv_jax.model.transformer import hidden_states, init_params
 
 MAPS = ["0_1_2_3", "0_2_2_3", "3_3_3_3", "0s_1s_2_2"]
-CACHES = {"window(5)": {"window": 5}, "sinks(2,5)": {"window": 5, "sinks": 2}}
+CACHES = {
+    "window(5)": {"window": 5},
+    "sinks(2,5)": {"window": 5, "sinks": 2},
+    "int8": {"largest": 127},
+    "int4": {"largest": 7},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +93,7 @@ def test_the_full_cache_gives_what_exact_passes_give(sharing, x64):
 def test_small_caches_equal_the_oracle(sharing, cache, x64):
     config = small(sharing)
     params, (tokens,) = make_params(config), texts(21)
-    want = log_probabilities(token_by_token(params, config, tokens, **CACHES[cache]), tokens)
+    want = log_probabilities(token_by_token(params, config, tokens, prompt=0, **CACHES[cache]), tokens)
     (got,) = score(params, config, [tokens], cache=cache)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
 

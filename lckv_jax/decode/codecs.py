@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 import jax
 import jax.numpy as jnp
 
@@ -40,19 +43,18 @@ def token_bytes(codec: str, heads: int, head_dim: int, dtype: str) -> int:
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes [..., H], uint8 below 2^bits, as bytes [..., H * bits / 8], rounded up; the first in the lowest bits."""
+    """Codes [..., H], uint8 below 2^bits, as bytes [..., ceil(H * bits / 8)].
+
+    The first of them are the lowest bits of all bytes, the next ones those above: so `unpack` puts whole rows behind
+    each other, which is several times as fast as putting their codes between each other.
+    """
     each = 8 // bits
     more = -codes.shape[-1] % each
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, more)])
-    codes = codes.reshape(*codes.shape[:-1], -1, each) << _shifts(bits, codes.ndim + 1)
-    return codes.sum(axis=-1, dtype=jnp.uint8)
+    return reduce(or_, (part << bits * i for i, part in enumerate(jnp.split(codes, each, axis=-1))))
 
 
 def unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
     """The codes [..., size] in `pack`'s bytes."""
-    codes = (packed[..., None] >> _shifts(bits, packed.ndim + 1)) & jnp.uint8(2**bits - 1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :size]
-
-
-def _shifts(bits: int, ndim: int) -> jax.Array:
-    return jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape([1] * (ndim - 1) + [-1])
+    parts = [(packed >> shift) & jnp.uint8(2**bits - 1) for shift in range(0, 8, bits)]
+    return jnp.concatenate(parts, axis=-1)[..., :size]
