@@ -343,11 +343,12 @@ def test_bytes_by_hand():
 
 @pytest.mark.parametrize(
     ("cache", "dtype"),
-    [("kivi(2,8,32)", "bfloat16"), ("kivi(4,8,32)", "float32"), ("window(2000)+kivi(2,8,32)", "bfloat16")],
+    [("kivi(2,32,64)", "bfloat16"), ("kivi(4,32,64)", "float32"), ("window(900)+kivi(2,32,64)", "bfloat16")],
 )
 def test_the_compiled_step_holds_what_the_formula_says_and_copies_no_slot(cache, dtype):
-    columns, B = 4096, 4
-    config = small("0_2_2", num_layers=3, dtype=dtype, head_dim=8)  # a layer reads before its owner appends
+    columns, B = 1024, 4
+    sizes = {"num_layers": 8, "head_dim": 64, "num_heads": 8, "num_kv_heads": 4}
+    config = small("lckv(warmup=2)", dtype=dtype, **sizes)  # layers read before their owner appends, and after
     params = jax.tree.map(lambda x: x.astype("float32"), make_params(config))
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_enable_x64", False)
@@ -367,7 +368,8 @@ def test_the_compiled_step_holds_what_the_formula_says_and_copies_no_slot(cache,
     assert memory.argument_size_in_bytes == held + 4 + 4 * B + 4 * B  # column, padding, tokens
     assert memory.alias_size_in_bytes >= held
     slot = B * config.num_kv_heads * specs[0].cells * config.head_dim
-    assert memory.temp_size_in_bytes < 3 * 4 * slot  # not every slot as numbers at once
+    everything = 2 * len(config.sharing.owners) * jnp.dtype("float32").itemsize * slot
+    assert memory.temp_size_in_bytes < 0.75 * everything  # not every slot as numbers at once
     copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
     assert all(np.prod([int(n) for n in shape.split(",")]) < slot / 4 for shape in copies), copies
 

@@ -28,7 +28,7 @@ _NOWHERE = jnp.iinfo(jnp.int32).max  # a place outside every array
 class Codes(NamedTuple):
     """Numbers as codes * scale + low; a scale and a low for each group.
 
-    packed: [..., H * bits / 8] uint8, the first code in the lowest bits. scale, low: bfloat16 where the model computes
+    packed: [..., H * bits / 8] uint8, see `pack`. scale, low: bfloat16 where the model computes
     in 16 bits, else float32.
     """
 
@@ -135,7 +135,7 @@ def read(
 
     q = (q_BTNH * H**-0.5).reshape(B, K, N // K, H)
     raw = jnp.einsum("BKGH,BKRH->BKGR", q, slot.k_raw, preferred_element_type=wide)
-    codes = _key_products(spec, q.astype(wide), slot.k)
+    codes = _key_products(spec, q, slot.k, wide)
     is_raw = (pos_BS >= pos_B1 // R * R)[:, None, None]
     logits = jnp.where(is_raw, jnp.tile(raw, S // R), codes)
     logits = jnp.where(mask, logits, jnp.finfo(wide).min)
@@ -147,7 +147,7 @@ def read(
     recent = jnp.take_along_axis(weights, (ring_BR % S)[:, None, None], axis=-1)
     recent = jnp.where(held[:, None, None], recent, 0.0).astype(q.dtype)
     out = jnp.einsum("BKGR,BKRH->BKGH", recent, slot.v_raw, preferred_element_type=wide)
-    out += _value_products(spec, jnp.where((pos_BS < pos_B1 - R)[:, None, None], weights, 0.0), slot.v, H)
+    out += _value_products(spec, jnp.where((pos_BS < pos_B1 - R)[:, None, None], weights, 0.0), slot.v, H, q.dtype)
     return (out / total).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
@@ -209,21 +209,31 @@ def _stored(dtype: jnp.dtype) -> jnp.dtype:
 
 
 # ---------------------------------------------------------------- products with codes
-# as products and sums, not as einsum: so a compiler may decode and sum in one loop, where a matrix product would have
-# all decoded numbers written to memory first
+# scales and lows are taken out of the sums, q.(c * scale + low) = (q * scale).c + q.low, so that the large operand of
+# each product is codes; and barriers keep a compiler from unpacking those of other layers ahead
 
 
-def _key_products(spec: KiviSpec, q_BKGH: jax.Array, k: Codes) -> jax.Array:
-    """q.k of all cells, [B, K, G, S]."""
-    (B, K, G, H), wide = q_BKGH.shape, q_BKGH.dtype
-    codes = unpack(k.packed, spec.bits, H).reshape(B, K, 1, -1, spec.group, H).astype(wide)
-    scale, low = (x.reshape(B, K, 1, -1, 1, H).astype(wide) for x in (k.scale, k.low))
-    return jnp.sum(q_BKGH[:, :, :, None, None] * (codes * scale + low), axis=-1).reshape(B, K, G, -1)
+def _key_products(spec: KiviSpec, q_BKGH: jax.Array, k: Codes, wide: jnp.dtype) -> jax.Array:
+    """q.k of all cells, [B, K, G, S]: products of the queries' dtype, summed in `wide`."""
+    (B, K, G, H), dtype = q_BKGH.shape, q_BKGH.dtype
+    packed, q_BKGH = jax.lax.optimization_barrier((k.packed, q_BKGH))
+    codes_BKMCH = unpack(packed, spec.bits, H).reshape(B, K, -1, spec.group, H)  # M groups of C cells
+    scale_BKMH, low_BKMH = (x.reshape(B, K, -1, H) for x in (k.scale, k.low))
+    scaled_BKMGH = (q_BKGH[:, :, None] * scale_BKMH[:, :, :, None]).astype(dtype)
+    out = jnp.einsum("BKMCH,BKMGH->BKGMC", codes_BKMCH.astype(dtype), scaled_BKMGH, preferred_element_type=wide)
+    lows = jnp.einsum("BKMH,BKGH->BKGM", low_BKMH.astype(dtype), q_BKGH, preferred_element_type=wide)
+    return (out + lows[..., None]).reshape(B, K, G, -1)
 
 
-def _value_products(spec: KiviSpec, weights_BKGS: jax.Array, v: Codes, H: int) -> jax.Array:
-    """Sum of all cells' values with these weights, [B, K, G, H]."""
-    (B, K, G, S), wide = weights_BKGS.shape, weights_BKGS.dtype
-    codes = unpack(v.packed, spec.bits, H).reshape(B, K, 1, S, -1, spec.group).astype(wide)
-    scale, low = (x[:, :, None, ..., None].astype(wide) for x in (v.scale, v.low))
-    return jnp.sum(weights_BKGS[..., None, None] * (codes * scale + low), axis=3).reshape(B, K, G, H)
+def _value_products(spec: KiviSpec, weights_BKGS: jax.Array, v: Codes, H: int, dtype: jnp.dtype) -> jax.Array:
+    """Sum of all cells' values with these weights, [B, K, G, H]: products of `dtype`, summed in the weights' dtype."""
+    (B, K, G, _), wide, M = weights_BKGS.shape, weights_BKGS.dtype, H // spec.group
+    packed, weights_BKGS = jax.lax.optimization_barrier((v.packed, weights_BKGS))
+    codes_BKSH = unpack(packed, spec.bits, H).astype(dtype)
+    scaled_BKGMS = (weights_BKGS[:, :, :, None] * v.scale.swapaxes(2, 3)[:, :, None]).astype(dtype)
+    # all channels are summed with each of the M groups' scales, and those of the group kept: so codes stay as they lie
+    out = jnp.einsum("BKSH,BKGMS->BKGMH", codes_BKSH, scaled_BKGMS, preferred_element_type=wide)
+    out = jnp.einsum("BKGMMC->BKGMC", out.reshape(B, K, G, M, M, spec.group))
+    weights = weights_BKGS.astype(dtype)
+    lows = jnp.einsum("BKSM,BKGS->BKGM", v.low.astype(dtype), weights, preferred_element_type=wide)
+    return (out + lows[..., None]).reshape(B, K, G, H)
