@@ -43,10 +43,10 @@ def token_bytes(codec: str, heads: int, head_dim: int, dtype: str) -> int:
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes [..., H], uint8 below 2^bits, as bytes [..., ceil(H * bits / 8)].
+    """Codes [..., H], uint8 below 2^bits, as W bytes [..., ceil(H * bits / 8)].
 
-    The first of them are the lowest bits of all bytes, the next ones those above: so `unpack` puts whole rows behind
-    each other, which is several times as fast as putting their codes between each other.
+    Byte i holds the codes i, i + W, i + 2W, ..., the first in the lowest bits: so `unpack` joins rows, and need not put
+    codes between each other.
     """
     each = 8 // bits
     more = -codes.shape[-1] % each

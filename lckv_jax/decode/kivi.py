@@ -28,8 +28,7 @@ _NOWHERE = jnp.iinfo(jnp.int32).max  # a place outside every array
 class Codes(NamedTuple):
     """Numbers as codes * scale + low; a scale and a low for each group.
 
-    packed: [..., H * bits / 8] uint8, see `pack`. scale, low: bfloat16 where the model computes
-    in 16 bits, else float32.
+    packed: see `pack`. scale, low: bfloat16 where the model computes in 16 bits, else float32.
     """
 
     packed: jax.Array
@@ -210,30 +209,33 @@ def _stored(dtype: jnp.dtype) -> jnp.dtype:
 
 # ---------------------------------------------------------------- products with codes
 # scales and lows are taken out of the sums, q.(c * scale + low) = (q * scale).c + q.low, so that the large operand of
-# each product is codes; and barriers keep a compiler from unpacking those of other layers ahead
+# each product is codes, which layers that read the same slot may share
 
 
 def _key_products(spec: KiviSpec, q_BKGH: jax.Array, k: Codes, wide: jnp.dtype) -> jax.Array:
-    """q.k of all cells, [B, K, G, S]: products of the queries' dtype, summed in `wide`."""
+    """q.k of all cells, [B, K, G, S]: products of the queries' dtype, summed in `wide`.
+
+    In axes P is a group of C cells, so that S = P * C.
+    """
     (B, K, G, H), dtype = q_BKGH.shape, q_BKGH.dtype
-    packed, q_BKGH = jax.lax.optimization_barrier((k.packed, q_BKGH))
-    codes_BKMCH = unpack(packed, spec.bits, H).reshape(B, K, -1, spec.group, H)  # M groups of C cells
-    scale_BKMH, low_BKMH = (x.reshape(B, K, -1, H) for x in (k.scale, k.low))
-    scaled_BKMGH = (q_BKGH[:, :, None] * scale_BKMH[:, :, :, None]).astype(dtype)
-    out = jnp.einsum("BKMCH,BKMGH->BKGMC", codes_BKMCH.astype(dtype), scaled_BKMGH, preferred_element_type=wide)
-    lows = jnp.einsum("BKMH,BKGH->BKGM", low_BKMH.astype(dtype), q_BKGH, preferred_element_type=wide)
+    codes_BKPCH = unpack(k.packed, spec.bits, H).reshape(B, K, -1, spec.group, H).astype(dtype)
+    scale_BKPH, low_BKPH = (x.reshape(B, K, -1, H) for x in (k.scale, k.low))
+    scaled_BKPGH = (q_BKGH[:, :, None] * scale_BKPH[:, :, :, None]).astype(dtype)
+    out = jnp.einsum("BKPCH,BKPGH->BKGPC", codes_BKPCH, scaled_BKPGH, preferred_element_type=wide)
+    lows = jnp.einsum("BKPH,BKGH->BKGP", low_BKPH.astype(dtype), q_BKGH, preferred_element_type=wide)
     return (out + lows[..., None]).reshape(B, K, G, -1)
 
 
 def _value_products(spec: KiviSpec, weights_BKGS: jax.Array, v: Codes, H: int, dtype: jnp.dtype) -> jax.Array:
-    """Sum of all cells' values with these weights, [B, K, G, H]: products of `dtype`, summed in the weights' dtype."""
-    (B, K, G, _), wide, M = weights_BKGS.shape, weights_BKGS.dtype, H // spec.group
-    packed, weights_BKGS = jax.lax.optimization_barrier((v.packed, weights_BKGS))
-    codes_BKSH = unpack(packed, spec.bits, H).astype(dtype)
-    scaled_BKGMS = (weights_BKGS[:, :, :, None] * v.scale.swapaxes(2, 3)[:, :, None]).astype(dtype)
-    # all channels are summed with each of the M groups' scales, and those of the group kept: so codes stay as they lie
-    out = jnp.einsum("BKSH,BKGMS->BKGMH", codes_BKSH, scaled_BKGMS, preferred_element_type=wide)
-    out = jnp.einsum("BKGMMC->BKGMC", out.reshape(B, K, G, M, M, spec.group))
-    weights = weights_BKGS.astype(dtype)
-    lows = jnp.einsum("BKSM,BKGS->BKGM", v.low.astype(dtype), weights, preferred_element_type=wide)
+    """Sum of all cells' values with these weights, [B, K, G, H]: products of `dtype`, summed in the weights' dtype.
+
+    In axes P is a group of C channels, so that H = P * C.
+    """
+    (B, K, G, _), wide, P = weights_BKGS.shape, weights_BKGS.dtype, H // spec.group
+    codes_BKSH = unpack(v.packed, spec.bits, H).astype(dtype)
+    scaled_BKGPS = (weights_BKGS[:, :, :, None] * v.scale.swapaxes(2, 3)[:, :, None]).astype(dtype)
+    # all channels are summed with the scales of each group, and those of the group kept: so codes stay as they lie
+    out = jnp.einsum("BKSH,BKGPS->BKGPH", codes_BKSH, scaled_BKGPS, preferred_element_type=wide)
+    out = jnp.einsum("BKGPPC->BKGPC", out.reshape(B, K, G, P, P, spec.group))
+    lows = jnp.einsum("BKSP,BKGS->BKGP", v.low.astype(dtype), weights_BKGS.astype(dtype), preferred_element_type=wide)
     return (out + lows[..., None]).reshape(B, K, G, H)
