@@ -370,10 +370,14 @@ def test_bytes_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("cache", "dtype"),
-    [("kivi(2,32,64)", "bfloat16"), ("kivi(4,32,64)", "float32"), ("window(900)+kivi(2,32,64)", "bfloat16")],
+    ("cache", "dtype", "share"),
+    [
+        ("kivi(2,32,64)", "bfloat16", 0.9),
+        ("kivi(4,32,64)", "float32", 0.75),
+        ("window(900)+kivi(2,32,64)", "bfloat16", 0.9),
+    ],
 )
-def test_the_compiled_step_holds_what_the_formula_says_and_copies_no_slot(cache, dtype):
+def test_the_compiled_step_holds_what_the_formula_says_and_copies_no_slot(cache, dtype, share):
     columns, B = 1024, 4
     sizes = {"num_layers": 8, "head_dim": 64, "num_heads": 8, "num_kv_heads": 4}
     config = small("lckv(warmup=2)", dtype=dtype, **sizes)  # layers read before their owner appends, and after
@@ -397,7 +401,7 @@ def test_the_compiled_step_holds_what_the_formula_says_and_copies_no_slot(cache,
     assert memory.alias_size_in_bytes >= held
     slot = B * config.num_kv_heads * specs[0].cells * config.head_dim
     everything = 2 * len(config.sharing.owners) * jnp.dtype(dtype).itemsize * slot
-    assert memory.temp_size_in_bytes < 0.9 * everything  # not every slot as numbers at once
+    assert memory.temp_size_in_bytes < share * everything  # not every slot as numbers at once
     copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
     assert all(np.prod([int(n) for n in shape.split(",")]) < slot / 4 for shape in copies), copies
 
